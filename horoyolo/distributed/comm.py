@@ -1,0 +1,319 @@
+"""How workers talk: one interface, ``LocalComm`` for a single process and ``HorovodComm`` for many.
+
+Rank and size are methods, not attributes: they change when the job is resized, so nobody should keep them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from horoyolo.config import InputError
+
+Op = Literal["sum", "max"]
+REDUCIBLE = (torch.float32, torch.float64, torch.float16, torch.int32, torch.int64)
+
+
+class Handle(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Any:
+        """Return the result when it is there; call it once."""
+
+
+class Done:
+    """The handle of a collective that had nothing to wait for."""
+
+    def __init__(self, result: Any):
+        self._result = result
+
+    def wait(self) -> Any:
+        return self._result
+
+
+class Comm(ABC):
+    """Collectives over the workers of a job; every worker must call the same ones.
+
+    ``name`` pairs up the calls of different workers. Asynchronous calls may leave in a different order on different workers, so each needs
+    a name of its own while it is under way. Blocking calls are named after their kind unless told otherwise: workers that fell out of step
+    then meet each other's tensor and fail on its shape, instead of waiting for ever. Names that come back every step also let Horovod skip
+    their negotiation.
+    """
+
+    @abstractmethod
+    def rank(self) -> int:
+        """Which worker this is, from 0."""
+
+    @abstractmethod
+    def size(self) -> int:
+        """How many workers there are."""
+
+    @abstractmethod
+    def local_rank(self) -> int:
+        """Which of this host's workers this is, from 0."""
+
+    @abstractmethod
+    def local_size(self) -> int:
+        """How many workers this host has."""
+
+    @abstractmethod
+    def allreduce_async(self, tensor: Tensor, name: str, op: Op = "sum") -> Handle:
+        """Start replacing ``tensor`` by its sum or maximum over workers, in place; it must not be touched before ``wait`` gives it back.
+
+        Raises TypeError for a dtype that has no sum on the wire (bfloat16, bytes): send those with ``allgather`` or ``alltoall``.
+        """
+
+    @abstractmethod
+    def allgather_async(self, tensor: Tensor, name: str) -> Handle:
+        """Start gathering every worker's rows in rank order, any dtype; workers may have different numbers of rows, or none."""
+
+    @abstractmethod
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
+        """Start sending the next ``splits[r]`` rows to each rank r; gives the rows received and how many came from each rank."""
+
+    @abstractmethod
+    def broadcast_async(self, tensor: Tensor, name: str, root: int = 0) -> Handle:
+        """Start replacing ``tensor`` by that of worker ``root``, in place, any dtype."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Return when all workers have come here."""
+
+    @abstractmethod
+    def group(self, ranks: Sequence[int]) -> Comm:
+        """A Comm over some of the workers; all workers call it, in the same order, and only members use the result."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End communication; no collective may follow."""
+
+    def allreduce(self, tensor: Tensor, op: Op = "sum", name: str | None = None) -> Tensor:
+        """Sum or maximum of ``tensor`` over workers, in place; see ``allreduce_async``."""
+        return self.allreduce_async(tensor, name or f"allreduce.{op}", op).wait()
+
+    def allgather(self, tensor: Tensor, name: str | None = None) -> Tensor:
+        """Every worker's rows in rank order; see ``allgather_async``."""
+        return self.allgather_async(tensor, name or "allgather").wait()
+
+    def alltoall(self, tensor: Tensor, splits: Sequence[int], name: str | None = None) -> tuple[Tensor, list[int]]:
+        """Rows exchanged between all pairs of workers; see ``alltoall_async``."""
+        return self.alltoall_async(tensor, splits, name or "alltoall").wait()
+
+    def broadcast(self, tensor: Tensor, root: int = 0, name: str | None = None) -> Tensor:
+        """``tensor`` of worker ``root``, in place; see ``broadcast_async``."""
+        return self.broadcast_async(tensor, name or "broadcast", root).wait()
+
+    def broadcast_object(self, obj: Any, root: int = 0) -> Any:
+        """What worker ``root`` gave, pickled; the other workers' ``obj`` is ignored."""
+        data = _to_bytes(obj) if self.rank() == root else torch.empty(0, dtype=torch.uint8)
+        num_bytes = self.broadcast(torch.tensor([len(data)]), root, "broadcast_object.size")
+        if self.rank() != root:
+            data = torch.empty(int(num_bytes), dtype=torch.uint8)
+        return _from_bytes(self.broadcast(data, root, "broadcast_object.bytes"))
+
+    def allgather_object(self, obj: Any) -> list[Any]:
+        """What every worker gave, pickled, in rank order."""
+        data = _to_bytes(obj)
+        sizes = self.allgather(torch.tensor([len(data)]), "allgather_object.size")
+        chunks = self.allgather(data, "allgather_object.bytes").split(sizes.tolist())
+        return [_from_bytes(chunk) for chunk in chunks]
+
+    def __deepcopy__(self, memo: dict) -> Comm:
+        return self  # modules hold a Comm; a copied model still talks over the same wires
+
+
+class LocalComm(Comm):
+    """One process that is all the workers there are: every collective returns at once and Horovod is not needed."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+    def local_rank(self) -> int:
+        return 0
+
+    def local_size(self) -> int:
+        return 1
+
+    def allreduce_async(self, tensor: Tensor, name: str, op: Op = "sum") -> Handle:
+        _check_reducible(tensor)
+        return Done(tensor)
+
+    def allgather_async(self, tensor: Tensor, name: str) -> Handle:
+        return Done(tensor.clone())
+
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
+        _check_splits(tensor, splits, 1)
+        return Done((tensor.clone(), list(splits)))
+
+    def broadcast_async(self, tensor: Tensor, name: str, root: int = 0) -> Handle:
+        return Done(tensor)
+
+    def barrier(self) -> None:
+        pass
+
+    def group(self, ranks: Sequence[int]) -> Comm:
+        if list(ranks) != [0]:
+            raise ValueError(f"a group of ranks {list(ranks)} among one worker: only [0] exists")
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+class HorovodComm(Comm):
+    """The workers of an initialised Horovod, or some of them (a process set)."""
+
+    def __init__(self, hvd: Any, process_set: Any = None):
+        self._hvd = hvd
+        self._set = process_set or hvd.global_process_set
+        self._prefix = f"set{process_set.process_set_id}." if process_set else ""
+
+    def rank(self) -> int:
+        return self._set.rank()
+
+    def size(self) -> int:
+        return self._set.size()
+
+    def local_rank(self) -> int:
+        return self._hvd.local_rank()
+
+    def local_size(self) -> int:
+        return self._hvd.local_size()
+
+    def allreduce_async(self, tensor: Tensor, name: str, op: Op = "sum") -> Handle:
+        _check_reducible(tensor)
+        wire = tensor.contiguous()
+        reduction = {"sum": self._hvd.Sum, "max": self._hvd.Max}[op]
+        handle = self._hvd.allreduce_async_(wire, name=self._prefix + name, op=reduction, process_set=self._set)
+        return self._handle(handle, lambda _: _stored(wire, tensor))
+
+    def allgather_async(self, tensor: Tensor, name: str) -> Handle:
+        row_shape = tensor.shape[1:]
+        handle = self._hvd.allgather_async(_rows_as_bytes(tensor), name=self._prefix + name, process_set=self._set)
+        return self._handle(handle, lambda rows: _rows_from_bytes(rows, tensor.dtype, row_shape))
+
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
+        _check_splits(tensor, splits, self.size())
+        row_shape = tensor.shape[1:]
+        splits_tensor = torch.tensor(splits, dtype=torch.int32)
+        handle = self._hvd.alltoall_async(_rows_as_bytes(tensor), splits_tensor, name=self._prefix + name, process_set=self._set)
+        return self._handle(handle, lambda got: (_rows_from_bytes(got[0], tensor.dtype, row_shape), got[1].tolist()))
+
+    def broadcast_async(self, tensor: Tensor, name: str, root: int = 0) -> Handle:
+        wire = tensor.contiguous()
+        global_root = self._set.ranks[root] if self._prefix else root  # Horovod numbers roots over the whole job
+        handle = self._hvd.broadcast_async_(_as_bytes(wire), global_root, name=self._prefix + name, process_set=self._set)
+        return self._handle(handle, lambda _: _stored(wire, tensor))
+
+    def barrier(self) -> None:
+        self._hvd.barrier(self._set)
+
+    def group(self, ranks: Sequence[int]) -> Comm:
+        return HorovodComm(self._hvd, self._hvd.add_process_set(list(ranks)))
+
+    def close(self) -> None:
+        self._hvd.shutdown()
+
+    def _handle(self, handle: int, finish: Callable[[Any], Any]) -> Handle:
+        return _HorovodHandle(lambda: finish(self._hvd.synchronize(handle)))
+
+
+class _HorovodHandle:
+    def __init__(self, wait: Callable[[], Any]):
+        self.wait = wait
+
+
+def open_comm() -> Comm:
+    """The Comm of this process: over Horovod when the environment says that there are several workers (horovodrun, mpirun, srun), else
+    local.
+
+    Raises InputError when several workers were started and Horovod is missing or sees a different number of them.
+    """
+    size = num_workers(os.environ)
+    if size == 1:
+        return LocalComm()
+    try:
+        import horovod.torch as hvd
+    except ImportError as error:
+        raise InputError(f"{size} workers were started without Horovod ({error}): run scripts/setup.sh, or start one worker") from error
+    # Buckets are large and fixed already: fusing them by arrival would cost a copy and make the order of sums depend on timing.
+    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    hvd.init()
+    if hvd.size() != size:
+        seen = hvd.size()
+        hvd.shutdown()
+        raise InputError(f"the launcher started {size} workers but Horovod sees {seen}: start them by horovodrun, or by Horovod's own MPI")
+    return HorovodComm(hvd)
+
+
+def num_workers(env: Mapping[str, str]) -> int:
+    """How many workers the launcher of this process says it started; 1 when there was none.
+
+    The innermost launcher is asked first: horovodrun may itself run in a step of mpirun or Slurm. Slurm's count of the step is set by srun
+    alone, where that of the job is set in a batch script too, which is one process.
+    """
+    for variable in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if variable in env:
+            try:
+                return max(1, int(env[variable]))
+            except ValueError as error:
+                raise InputError(f"{variable}={env[variable]!r} in the environment: a number of workers would be right") from error
+    return 1
+
+
+def broadcast_tensors(tensors: Iterable[Tensor], comm: Comm, root: int = 0) -> None:
+    """Replace all ``tensors`` (a model's parameters and buffers, say) by those of worker ``root``, in place, in one broadcast a dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
+    for group in by_dtype.values():
+        flat = comm.broadcast(torch.cat([tensor.reshape(-1) for tensor in group]), root)
+        for tensor, values in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(values.view(tensor.shape))
+
+
+def _check_reducible(tensor: Tensor) -> None:
+    if tensor.dtype not in REDUCIBLE:
+        raise TypeError(f"allreduce of {tensor.dtype}: Horovod sums {', '.join(map(str, REDUCIBLE))} only")
+
+
+def _check_splits(tensor: Tensor, splits: Sequence[int], size: int) -> None:
+    if len(splits) != size or sum(splits) != len(tensor):
+        raise ValueError(f"alltoall of {len(tensor)} rows in parts {list(splits)}: {size} parts that add up to the rows are needed")
+
+
+def _stored(wire: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor`` with the values of its contiguous copy; nothing to do where no copy was needed."""
+    return tensor if wire is tensor else tensor.copy_(wire)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor as uint8, which Horovod carries for every dtype."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def _rows_as_bytes(tensor: Tensor) -> Tensor:
+    """(rows, ...) of any dtype as (rows, bytes of a row): Horovod refuses some dtypes but carries bytes."""
+    row_bytes = tensor.shape[1:].numel() * tensor.element_size()
+    return _as_bytes(tensor.contiguous()).view(len(tensor), row_bytes)
+
+
+def _rows_from_bytes(rows: Tensor, dtype: torch.dtype, row_shape: torch.Size) -> Tensor:
+    return rows.reshape(-1).view(dtype).view(len(rows), *row_shape)
+
+
+def _to_bytes(obj: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
+
+
+def _from_bytes(data: Tensor) -> Any:
+    return pickle.loads(data.numpy().tobytes())

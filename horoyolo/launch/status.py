@@ -1,0 +1,55 @@
+"""How the workers of a job tell the launcher who they are and how they ended.
+
+horovodrun turns every failure into exit status 1, and ends workers five seconds after a signal whatever they are doing. So workers leave
+notes in a folder that the launcher names in the environment: that one takes signals (written once they can be handled), and the exit
+status.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+STATUS_DIR = "HOROYOLO_STATUS_DIR"
+PRECEDENCE = (2, 1, 75, 0)  # bad input explains the failures that follow from it
+
+
+def announce_worker() -> None:
+    """Ask the launcher for signals: call it when handlers for SIGINT and SIGTERM are in place. Nothing happens without a launcher."""
+    _note("worker", "")
+
+
+def report_status(status: int) -> int:
+    """Leave the exit status for the launcher and give the one to exit with.
+
+    That is ``status`` itself, but 0 for a worker that stopped on request (75) under a launcher: horovodrun would kill the others, which may
+    still be at their own last steps.
+    """
+    _note("status", str(status))
+    return 0 if status == 75 and STATUS_DIR in os.environ else status
+
+
+def announced_workers(folder: Path) -> list[int]:
+    """Process ids of the workers that asked for signals."""
+    return sorted(int(path.suffix[1:]) for path in folder.glob("worker.*"))
+
+
+def reported_statuses(folder: Path) -> list[int]:
+    """The statuses that workers left."""
+    return [int(path.read_text()) for path in sorted(folder.glob("status.*"))]
+
+
+def job_status(statuses: Iterable[int]) -> int:
+    """One exit status from those of the workers and their launcher: 2 before 1 before 75 before 0; any other (a death by signal) is 1."""
+    return min((status if status in PRECEDENCE else 1 for status in statuses), key=PRECEDENCE.index)
+
+
+def _note(kind: str, text: str) -> None:
+    folder = os.environ.get(STATUS_DIR)
+    if not folder:
+        return
+    path = Path(folder) / f"{kind}.{os.getpid()}"
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    partial.replace(path)  # the launcher may be reading
