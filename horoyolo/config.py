@@ -1,13 +1,13 @@
 """The settings of a run: one frozen dataclass tree, loaded, overridden, checked and saved here and nowhere else.
 
-Defaults, then the hyper-parameter file, then flags, then ``--set key.path=value``; a later one wins. Values that depend on the number of workers are not stored: they are computed where they are used.
+Defaults, then the hyper-parameter file, then flags, then ``--set key.path=value``; a later one wins. Values that depend on the number of
+workers are not stored: they are computed where they are used.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -100,3 +100,149 @@ class Config:
     hyp: Hyper = field(default_factory=Hyper)
     optim: Optim = field(default_factory=Optim)
     comms: Comms = field(default_factory=Comms)
+
+
+def nearest_of(word: str, known: Iterable[str]) -> str:
+    """The tail of an error line for an unknown ``word``: the nearest known one, or all of them where none is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
+    """The mapping in a yaml file; ``what`` names the file's role in an error (InputError: missing, unreadable, not a mapping)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"{what} {path}: {error.strerror.lower() if error.strerror else error}") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{what} {path}{where}: not yaml ({getattr(error, 'problem', None) or 'unreadable'})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{what} {path}: a mapping of keys to values is wanted, this holds {type(content).__name__}")
+    return content
+
+
+def override(config: Config, values: Mapping[str, Any], where: str) -> Config:
+    """``config`` with each dotted key (``hyp.lr0``) set to its value, converted to the field's type.
+
+    ``where`` says where the values come from. Raises InputError for an unknown key, naming the nearest known one, and for a value of
+    another type.
+    """
+    for key, value in values.items():
+        config = _replaced(config, key.split("."), value, key, where)
+    return config
+
+
+def _replaced(tree: Any, path: list[str], value: Any, key: str, where: str) -> Any:
+    hints = typing.get_type_hints(type(tree))
+    head, *rest = path
+    if head not in hints:
+        prefix = key[: len(key) - len(".".join(path))]
+        raise InputError(f"{where}: unknown key {key!r}; {nearest_of(key, [prefix + name for name in hints])}")
+    current = getattr(tree, head)
+    if dataclasses.is_dataclass(current):
+        if not rest:
+            if not isinstance(value, Mapping):
+                raise InputError(f"{where}: {key!r} is a section; its keys: {', '.join(typing.get_type_hints(type(current)))}")
+            for name, item in value.items():
+                current = _replaced(current, [str(name)], item, f"{key}.{name}", where)
+            return dataclasses.replace(tree, **{head: current})
+        return dataclasses.replace(tree, **{head: _replaced(current, rest, value, key, where)})
+    if rest:
+        raise InputError(f"{where}: unknown key {key!r}; {head!r} holds a single value")
+    return dataclasses.replace(tree, **{head: _converted(value, hints[head], key, where)})
+
+
+def _converted(value: Any, wanted: type, key: str, where: str) -> Any:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    try:
+        if wanted is bool:
+            return value if isinstance(value, bool) else words[str(value).lower()]
+        if wanted is int and not isinstance(value, bool):
+            number = float(value)
+            if number == int(number):
+                return int(number)
+        if wanted is float and not isinstance(value, bool):
+            return float(value)
+        if wanted is str and isinstance(value, (str, int, float)):
+            return str(value)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        pass
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    raise InputError(f"{where}: {key} = {value!r}; {names[wanted]} is wanted")
+
+
+def load_hyper(config: Config, path: str | Path) -> Config:
+    """``config`` with the hyper-parameters of a YOLOv5 ``hyp.yaml`` (InputError: unreadable, unknown key)."""
+    values = read_yaml(path, "hyper-parameter file")
+    known = [f.name for f in dataclasses.fields(Hyper)]
+    for key in values:
+        if key not in known:
+            raise InputError(f"hyper-parameter file {path}: unknown key {key!r}; {nearest_of(str(key), known)}")
+    return override(config, {f"hyp.{key}": value for key, value in values.items()}, f"hyper-parameter file {path}")
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as yaml; ``load`` reads it back to an equal one."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def load(path: str | Path) -> Config:
+    """The configuration saved with a run (InputError: unreadable, unknown key)."""
+    return override(Config(), read_yaml(path, "run configuration"), f"run configuration {path}")
+
+
+_CHOICES = {
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "optim.optimizer": ("sgd", "adamw"),
+}
+_AT_LEAST: dict[str, float] = {
+    "img": 32,
+    "batch": 1,
+    "epochs": 1,
+    "workers": -1,
+    "seed": 0,
+    "evaluate_every": 1,
+    "keep_checkpoints": 1,
+    "optim.nominal_batch": 0,
+    "optim.clip_norm": 0,
+    "comms.bucket_mb": 0.001,
+    "hyp.lr0": 0,
+    "hyp.anchor_t": 1,
+    "hyp.warmup_epochs": 0,
+}
+_PROBABILITIES = ("flipud", "fliplr", "mosaic", "mixup")
+_NOT_YET = {"copy_paste": "it needs outlines of the objects"}
+
+
+def validate(config: Config) -> None:
+    """Raises InputError at the first value that no run could use; looks at the configuration alone, opens no file."""
+
+    def value_of(key: str) -> Any:
+        tree: Any = config
+        for name in key.split("."):
+            tree = getattr(tree, name)
+        return tree
+
+    if not config.data:
+        raise InputError("no data set: --data takes a YOLOv5 data.yaml")
+    if not config.cfg and not config.weights:
+        raise InputError("no model: --cfg takes a name (yolov5n) or a model yaml, --weights a .pt file to start from")
+    for key, choices in _CHOICES.items():
+        if value_of(key) not in choices:
+            raise InputError(f"{key} = {value_of(key)!r}; {nearest_of(str(value_of(key)), choices)}")
+    for key, least in _AT_LEAST.items():
+        if not value_of(key) >= least:
+            raise InputError(f"{key} = {value_of(key)}; at least {least:g} is wanted")
+    if config.img % 32:
+        raise InputError(f"img = {config.img}; a multiple of 32, the largest stride, is wanted: {round(config.img / 32) * 32}")
+    for name in _PROBABILITIES:
+        if not 0 <= getattr(config.hyp, name) <= 1:
+            raise InputError(f"hyp.{name} = {getattr(config.hyp, name)}; a probability from 0 to 1 is wanted")
+    for name, why in _NOT_YET.items():
+        if getattr(config.hyp, name):
+            raise InputError(f"hyp.{name} = {getattr(config.hyp, name)}: not supported yet ({why}); 0 turns it off")

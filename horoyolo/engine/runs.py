@@ -1,0 +1,81 @@
+"""The folder of a run: its name, what it goes on from, and what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from horoyolo import config as configuration
+from horoyolo.config import Config, InputError
+from horoyolo.engine.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint
+from horoyolo.files import atomic_file
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes, and the state it goes on from (None: from the start)."""
+
+    folder: Path
+    resumed: dict[str, Any] | None = None
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        return self.folder / "plots"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    def create(self, config: Config) -> None:
+        """Makes the folders and saves the resolved configuration."""
+        for folder in (self.weights, self.checkpoints, self.plots, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.folder / "config.yaml", "w") as stream:
+            stream.write(configuration.dump(config))
+
+
+def resumed_folder(config: Config) -> Path | None:
+    """The run folder that ``--resume`` names, None for a new run. Reads no checkpoint (InputError: nothing there)."""
+    if config.resume == "auto":
+        folder = Path(config.project) / config.name
+        return folder if (folder / "config.yaml").is_file() else None
+    if config.resume == "newest":  # a bare --resume: the newest run of the project, as in YOLOv5
+        runs = sorted(Path(config.project).glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise InputError(f"--resume: no run in {config.project}; name a run folder or a checkpoint")
+        return runs[-1].parent
+    if config.resume:
+        return find_checkpoint(Path(config.resume))[0]
+    return None
+
+
+def open_run(config: Config) -> Run:
+    """The run that ``config`` means: a resumed one with its state, or a new one under a name that is not taken. Writes nothing."""
+    folder = resumed_folder(config)
+    if folder is None:
+        return Run(new_folder(Path(config.project), config.name, config.exist_ok or config.resume == "auto"))
+    if config.resume in ("auto", "newest"):
+        newest = newest_checkpoint(folder / "checkpoints")
+        if newest is None and config.resume == "newest":
+            raise InputError(f"--resume: no good checkpoint in {folder / 'checkpoints'}")
+        return Run(folder, newest[1] if newest else None)
+    return Run(folder, read_checkpoint(find_checkpoint(Path(config.resume))[1]))
+
+
+def new_folder(project: Path, name: str, exist_ok: bool) -> Path:
+    """``project/name``, or with a number behind it (``exp2``, ``exp3``) where that is taken and ``exist_ok`` is not set."""
+    folder = project / name
+    number = 2
+    while folder.exists() and not exist_ok:
+        folder = project / f"{name}{number}"
+        number += 1
+    return folder

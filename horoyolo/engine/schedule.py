@@ -1,0 +1,73 @@
+"""Learning rates, momentum and accumulation as functions of the images seen.
+
+Nothing here depends on the number of workers: the global batch is the unit of progress.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from horoyolo.config import Hyper, Optim
+
+SHORTEST_WARMUP_BATCHES = 100  # however small the data set
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the optimizer is set to for one global batch."""
+
+    lr: float  # of weights
+    bias_lr: float
+    momentum: float
+    accumulate: int  # global batches an update
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """YOLOv5's recipe: a warm-up by global batch in which biases start fast and weights at zero, then a decay by epoch."""
+
+    hyper: Hyper
+    optim: Optim
+    epochs: int
+    batch: int  # images in a global batch
+    batches_per_epoch: int
+
+    @property
+    def warmup_batches(self) -> int:
+        """Global batches of warm-up; 0 when it is turned off."""
+        if self.hyper.warmup_epochs == 0:
+            return 0
+        return max(round(self.hyper.warmup_epochs * self.batches_per_epoch), SHORTEST_WARMUP_BATCHES)
+
+    @property
+    def full_accumulate(self) -> int:
+        """Global batches an update after warm-up: as many as make up the nominal batch."""
+        return max(round(self.optim.nominal_batch / self.batch), 1)
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay scaled by the images of an update, as the loss is: a nominal batch decays by ``hyper.weight_decay``."""
+        if not self.optim.nominal_batch:
+            return self.hyper.weight_decay
+        return self.hyper.weight_decay * self.batch * self.full_accumulate / self.optim.nominal_batch
+
+    def decay(self, epoch: int) -> float:
+        """The learning rate of an epoch as a part of ``lr0``, from 1 down to ``lrf``, linear or as half a cosine (arXiv 1812.01187)."""
+        done = epoch / self.epochs
+        left = (1 + math.cos(math.pi * done)) / 2 if self.optim.cos_lr else 1 - done
+        return left * (1 - self.hyper.lrf) + self.hyper.lrf
+
+    def at(self, epoch: int, step: int) -> Rates:
+        """The rates of global batch ``step``, counted from the start of the run, that lies in ``epoch``."""
+        lr = self.hyper.lr0 * self.decay(epoch)
+        if step >= self.warmup_batches:
+            return Rates(lr, lr, self.hyper.momentum, self.full_accumulate)
+
+        done = step / self.warmup_batches
+
+        def warm(start: float, end: float) -> float:
+            return start + (end - start) * done
+
+        accumulate = max(1, round(warm(1, self.optim.nominal_batch / self.batch)))
+        return Rates(warm(0, lr), warm(self.hyper.warmup_bias_lr, lr), warm(self.hyper.warmup_momentum, self.hyper.momentum), accumulate)

@@ -1,0 +1,70 @@
+"""Everything a run needs to go on: what a checkpoint holds and what a resumed run takes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+
+class Stateful(Protocol):
+    """A part of a run that can be saved and restored."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+@dataclass
+class Progress:
+    """How far a run is. None of it depends on the number of workers."""
+
+    step: int = 0  # global batches trained on
+    update: int = 0  # optimizer updates
+    last_update_step: int = 0  # value of step after the newest update
+    skipped_updates: int = 0  # updates in a row that were left out because their gradient was not finite
+    best_fitness: float = -1.0
+    epoch_losses: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # box, obj, cls, summed over the epoch's images so far
+    epoch_images: int = 0
+
+    def count(self, images: int, losses: Sequence[float]) -> None:
+        """Adds one global batch of ``images`` with its losses per image (box, obj, cls)."""
+        self.step += 1
+        self.epoch_images += images
+        self.epoch_losses = [total + loss * images for total, loss in zip(self.epoch_losses, losses, strict=True)]
+
+    def epoch_means(self) -> list[float]:
+        """The epoch's losses per image so far (box, obj, cls)."""
+        return [total / max(self.epoch_images, 1) for total in self.epoch_losses]
+
+    def start_epoch(self) -> None:
+        """Forgets the sums of the epoch before."""
+        self.epoch_images, self.epoch_losses = 0, [0.0, 0.0, 0.0]
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class TrainState:
+    """The parts of a run, each under a name. A part registers itself with ``add``; the rest knows parts only as Stateful."""
+
+    def __init__(self, **parts: Stateful) -> None:
+        self._parts: dict[str, Stateful] = dict(parts)
+
+    def add(self, name: str, part: Stateful) -> None:
+        """Registers a part; its state travels with every checkpoint from now on."""
+        if name in self._parts:
+            raise ValueError(f"two parts of the state are called {name!r}")
+        self._parts[name] = part
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores every part (KeyError: the state lacks one)."""
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])

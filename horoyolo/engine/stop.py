@@ -1,0 +1,42 @@
+"""A signal asks a run to stop; the run stops with a checkpoint, at a step that all workers agree on."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SECOND_SIGNAL_AFTER_S = 2.0  # one Ctrl-C may reach a worker several times: from the terminal and from launchers
+
+
+class StopRequest:
+    """Whether this worker was asked to stop."""
+
+    def __init__(self) -> None:
+        self._first_s: float | None = None
+
+    @property
+    def pending(self) -> bool:
+        return self._first_s is not None
+
+    def on_signal(self, signum: int, frame: FrameType | None = None) -> None:
+        """Notes the first signal; one that comes at least 2 s later raises KeyboardInterrupt, which ends the worker at once."""
+        now_s = time.monotonic()
+        if self._first_s is None:
+            self._first_s = now_s
+        elif now_s - self._first_s >= SECOND_SIGNAL_AFTER_S:
+            raise KeyboardInterrupt(f"second signal ({signal.Signals(signum).name})")
+
+
+@contextmanager
+def stop_on_signals(signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)) -> Iterator[StopRequest]:
+    """A StopRequest that ``signals`` set while the block runs; afterwards the handlers are as they were."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.on_signal) for number in signals}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

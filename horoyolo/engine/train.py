@@ -1,0 +1,233 @@
+"""The training loop. Everything that it uses is built in ``build.py``; everything that only watches it is a hook."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from horoyolo.distributed.syncbn import average_bn_buffers
+from horoyolo.engine.build import Training
+from horoyolo.engine.hooks import EpochRecord, Hook, StepRecord
+from horoyolo.engine.stop import StopRequest
+
+log = logging.getLogger("horoyolo")
+
+MOST_SKIPPED_UPDATES = 20  # in a row; a loss scale that is settling skips a few
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on (exit status 1)."""
+
+
+def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> bool:
+    """Trains to the last epoch. True: done; False: stopped on request, with a checkpoint to resume from."""
+    for hook in hooks:
+        hook.before_train()
+    try:
+        for epoch in range(job.sampler.epoch, job.config.epochs):
+            started_s = time.perf_counter()
+            for batch, data_s in timed(job.loader):
+                record, stop_agreed = train_step(job, batch, data_s, stop.pending)
+                for hook in hooks:
+                    hook.after_step(record, batch)
+                if stop_agreed and job.progress.last_update_step == job.progress.step:
+                    job.save_checkpoint(whole_state(job))
+                    log.info("stopped on request after step %d; --resume goes on from there", job.progress.step)
+                    return False
+            epoch_record = finish_epoch(job, epoch, started_s)
+            for hook in hooks:
+                hook.after_epoch(epoch_record)
+    finally:
+        for hook in hooks:
+            hook.after_train()
+    return True
+
+
+def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+    """Each batch with the seconds that it was waited for."""
+    started_s = time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - started_s
+        started_s = time.perf_counter()
+
+
+def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> tuple[StepRecord, bool]:
+    """Trains on this worker's share of one global batch: forward, loss, backward while gradients leave, and an update where one is due.
+
+    Gives the record of the global batch, and whether any worker was asked to stop.
+    """
+    progress, sampler, comm, numerics = job.progress, job.sampler, job.comm, job.numerics
+    epoch, global_batch = sampler.epoch, sampler.global_batch()
+    last_of_epoch = sampler.consumed + global_batch == sampler.num_samples
+    rates = job.schedule.at(epoch, progress.step)
+    update_due = last_of_epoch or progress.step + 1 - progress.last_update_step >= rates.accumulate
+    set_rates(job.optimizer, rates.lr, rates.bias_lr, rates.momentum)
+
+    # What the loss is divided by depends on labels and anchors alone: it is summed over workers while forward runs.
+    started_s = time.perf_counter()
+    ahead = comm.allreduce_async(known_ahead(job, batch, stop_pending), "step.ahead")
+    has_images = len(batch.images) > 0
+    # Without images there is nothing to compute, but a synchronised BatchNorm waits for every worker.
+    takes_part = has_images or (job.config.comms.sync_bn and comm.size() > 1)
+    if takes_part:
+        with numerics.autocast():
+            heads = job.model(numerics.as_input(batch.images))
+    *positives, batch_crc, stops = ahead.wait().tolist()
+    if takes_part:
+        losses = job.loss(heads, batch.targets.to(numerics.device), torch.tensor(positives, device=numerics.device), global_batch)
+    else:
+        losses = torch.zeros(3, device=numerics.device)
+    summed_losses = comm.allreduce_async(losses.detach().double(), "step.losses")
+    forward_s = time.perf_counter() - started_s
+
+    started_s = time.perf_counter()
+    if update_due:
+        job.exchange.arm()
+    if takes_part:
+        # As in YOLOv5 the loss is summed over images: the step grows with the batch.
+        job.scaler.scale(losses.sum() * global_batch).backward()
+    backward_s = time.perf_counter() - started_s
+
+    exchange_wait_s, wire_bytes = 0.0, 0
+    if update_due:
+        stats = job.exchange.finish()
+        exchange_wait_s, wire_bytes = stats.wait_s, stats.wire_bytes
+        apply_update(job)
+    box_loss, obj_loss, cls_loss = summed_losses.wait().tolist()
+
+    sampler.advance(global_batch)
+    progress.count(global_batch, (box_loss, obj_loss, cls_loss))
+    if update_due:
+        progress.last_update_step = progress.step
+    record = StepRecord(
+        step=progress.step,
+        epoch=epoch,
+        update=progress.update,
+        images=global_batch,
+        batch_crc=int(batch_crc) % 2**32,
+        box_loss=box_loss,
+        obj_loss=obj_loss,
+        cls_loss=cls_loss,
+        loss=box_loss + obj_loss + cls_loss,
+        lr=rates.lr,
+        data_s=data_s,
+        forward_s=forward_s,
+        backward_s=backward_s,
+        exchange_wait_s=exchange_wait_s,
+        wire_bytes=wire_bytes,
+        workers=comm.size(),
+    )
+    return record, stops > 0
+
+
+def known_ahead(job: Training, batch: Any, stop_pending: bool) -> Tensor:
+    """What workers sum before the loss: positives of each layer, CRC-32 of the images, requests to stop; (num_layers + 2,) float64.
+
+    Doubles hold sums of 32-bit checksums exactly.
+    """
+    positives = job.loss.count_positives(batch.targets, job.grids)
+    return torch.cat([positives.double().cpu(), torch.tensor([batch.crc, stop_pending], dtype=torch.float64)])
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, bias_lr: float, momentum: float) -> None:
+    """Sets the rates of this step; the group of biases has one of its own."""
+    for group in optimizer.param_groups:
+        group["lr"] = bias_lr if group["kind"] == "bias" else lr
+        if "momentum" in group:
+            group["momentum"] = momentum
+        else:
+            group["betas"] = (momentum, group["betas"][1])
+
+
+def apply_update(job: Training) -> None:
+    """Clips the summed gradient, steps, and follows with the EMA. No worker waits for another here.
+
+    A gradient that is not finite is left out. All workers do the same since all hold the same bits.
+    """
+    job.scaler.unscale_(job.optimizer)
+    norm = global_norm(job.exchange.flats())
+    if math.isfinite(norm):
+        largest = job.config.optim.clip_norm
+        if 0 < largest < norm:
+            torch._foreach_mul_(job.exchange.flats(), largest / norm)
+        job.scaler.step(job.optimizer)
+        job.ema.update(job.model)
+        job.progress.update += 1
+        job.progress.skipped_updates = 0
+    else:
+        job.progress.skipped_updates += 1
+        log.warning("step %d: gradient is not finite, update left out", job.progress.step + 1)
+        if job.progress.skipped_updates > MOST_SKIPPED_UPDATES:
+            raise TrainingError(f"{job.progress.skipped_updates} updates in a row had gradients that are not finite; try a lower hyp.lr0")
+    job.scaler.update()
+    job.exchange.zero_grad()
+
+
+def global_norm(flats: list[Tensor]) -> float:
+    """The 2-norm of all gradients together, in one pass over the buckets."""
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat) for flat in flats])))
+
+
+def finish_epoch(job: Training, epoch: int, started_s: float) -> EpochRecord:
+    """Evaluates where it is time to, and saves weights and a checkpoint."""
+    progress = job.progress
+    images, losses, lr = progress.epoch_images, progress.epoch_means(), job.schedule.at(epoch, progress.step - 1).lr
+    job.sampler.next_epoch()
+    progress.start_epoch()
+
+    ema = averaged(job.ema.module, job)
+    metrics, val_losses = None, None
+    if (epoch + 1) % job.config.evaluate_every == 0 or epoch + 1 == job.config.epochs:
+        metrics, val_losses = job.evaluate(ema)
+        metrics["epoch"] = epoch
+    is_best = metrics is not None and fitness(metrics) > progress.best_fitness
+    if is_best:
+        progress.best_fitness = fitness(metrics)
+    job.save_weights(ema, epoch, metrics, is_best)
+    job.save_checkpoint(whole_state(job))
+    val = val_losses or (None, None, None)
+    return EpochRecord(
+        epoch=epoch,
+        step=progress.step,
+        images=images,
+        train_box_loss=losses[0],
+        train_obj_loss=losses[1],
+        train_cls_loss=losses[2],
+        val_box_loss=val[0],
+        val_obj_loss=val[1],
+        val_cls_loss=val[2],
+        precision=metrics and metrics["precision"],
+        recall=metrics and metrics["recall"],
+        map50=metrics and metrics["map50"],
+        map50_95=metrics and metrics["map50_95"],
+        lr=lr,
+        seconds=time.perf_counter() - started_s,
+    )
+
+
+def fitness(metrics: dict[str, Any] | None) -> float:
+    """One figure to choose the best epoch by, YOLOv5's: mostly AP over all IoU thresholds."""
+    return 0.1 * metrics["map50"] + 0.9 * metrics["map50_95"] if metrics else -1.0
+
+
+def averaged(model: nn.Module, job: Training) -> nn.Module:
+    """A copy of ``model`` with BatchNorm statistics averaged over workers; every worker must call it."""
+    model = copy.deepcopy(model)
+    average_bn_buffers(model, job.comm)
+    return model
+
+
+def whole_state(job: Training) -> dict[str, Any]:
+    """What a checkpoint holds, free of the number of workers: BatchNorm statistics are averaged on copies; every worker must call it."""
+    state = job.state.state_dict()
+    state["model"] = averaged(job.model, job).state_dict()
+    state["ema"]["module"] = averaged(job.ema.module, job).state_dict()
+    return state
