@@ -1,0 +1,47 @@
+"""An exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """A float32 copy of ``model`` that follows it: parameters and floating-point buffers alike; integer buffers are copied.
+
+    The decay ramps up as ``decay * (1 - exp(-updates / tau))``, so that the first updates are not held back by the initial weights.
+    ``model`` is the copy, in eval mode and without gradients; ``updates`` counts the updates.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, tau: float = 2000.0) -> None:
+        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
+        self.decay = decay
+        self.tau = tau
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Moves the average towards ``model``, whose tensors carry the same names."""
+        self.updates += 1
+        decay = self.decay * (1 - math.exp(-self.updates / self.tau))
+        averages: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        source = model.state_dict()
+        for name, average in self.model.state_dict().items():
+            if average.is_floating_point():
+                averages.append(average)
+                values.append(source[name].float())
+            else:
+                average.copy_(source[name])
+        torch._foreach_lerp_(averages, values, 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]
