@@ -1,0 +1,83 @@
+"""Results of a label scan on disk: one file per content, written whole or not at all, so that jobs may start side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "horoyolo label scan 1"  # change it with what a scan finds or how it is stored
+
+
+def folders(root: Path) -> list[Path]:
+    """Where caches may lie, best first: beside the data, or, where that can't be written to, in the user's cache folder."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return [root / ".horoyolo-cache", user / "horoyolo"]
+
+
+def content_key(names: list[str], images: list[Path], labels: list[Path]) -> str:
+    """A hash that changes with any file's name, size or time of change."""
+    digest = hashlib.sha256(FORMAT.encode())
+    for name, image, label in zip(names, images, labels, strict=True):
+        digest.update(f"{name}\0{_stamp(image)} {_stamp(label)}\0".encode())
+    return digest.hexdigest()
+
+
+def _stamp(file: Path) -> str:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return "-"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def load(folders: list[Path], split: str, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays kept under a key, or none: a missing, torn or foreign file counts as absent."""
+    for folder in folders:
+        try:
+            with np.load(_file(folder, split, key), allow_pickle=False) as archive:
+                if archive["key"].item() == key:
+                    return {name: archive[name] for name in archive.files}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            continue
+    return None
+
+
+def save(folders: list[Path], split: str, key: str, arrays: dict[str, np.ndarray]) -> Path | None:
+    """Keep arrays in the first folder that can be written to; none of them may: then nothing is kept, and the next job scans again."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
+        except OSError:
+            continue
+        file = _file(folder, split, key)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                np.savez(stream, key=np.array(key), **arrays)  # type: ignore[arg-type]
+            os.chmod(temporary, 0o644)  # others may train on the same data
+            os.replace(temporary, file)
+            return file
+        except OSError:  # a full disk, say
+            Path(temporary).unlink(missing_ok=True)
+    return None
+
+
+def json_array(value: Any) -> np.ndarray:
+    """A plain value as an array of bytes, for a file without pickles."""
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def parse_json(array: np.ndarray) -> Any:
+    """The value that `json_array` stored."""
+    return json.loads(array.tobytes())
+
+
+def _file(folder: Path, split: str, key: str) -> Path:
+    return folder / f"{split}-{key[:32]}.npz"

@@ -1,0 +1,143 @@
+"""A split's samples as the network sees them: augmented for training, letterboxed for evaluation."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from functools import partial
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from horoyolo.config import Hyper
+from horoyolo.data.augment import GREY, Geometry, Labelled, Tile, flip_lr, flip_ud, hsv, letterbox, mixup, mosaic, scaled_hw, warp_canvas
+from horoyolo.data.decode import DecodeError, Image, decode_image
+from horoyolo.data.sampler import Key
+from horoyolo.data.scan import Split
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training sample."""
+
+    image: Tensor  # (3, S, S) uint8 RGB
+    targets: Tensor  # (n, 5) float32: class, box_xywhn
+    crc: int  # CRC-32 of the image's bytes
+    failed: list[str]  # files that could not be read: they are grey in the image and have no boxes
+
+
+@dataclass(frozen=True)
+class EvalSample:
+    """An image to evaluate; a point of the original lies at gain * point + pad."""
+
+    image: Tensor  # (3, S, S) uint8 RGB
+    targets: Tensor  # (n, 5) float32: class, box_xywhn of the letterboxed image
+    index: int  # in the split
+    original_hw: tuple[int, int]
+    gain: float
+    pad: tuple[float, float]  # x, y in pixels
+    failed: list[str]
+
+
+class TrainDataset:
+    """Augmented samples, addressed by `Key`: a sample's pixels depend on the seed, the epoch and the position alone."""
+
+    def __init__(self, split: Split, img: int, hyper: Hyper, seed: int) -> None:
+        self.split = split
+        self.img = img
+        self.hyper = hyper
+        self.seed = seed
+        self._geometry = Geometry(hyper.degrees, hyper.translate, hyper.scale, hyper.shear, hyper.perspective)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: Key) -> Sample:
+        hyper = self.hyper
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, key.epoch, key.position]))
+        failed: list[str] = []
+        if rng.random() < hyper.mosaic:
+            image, boxes = self._mosaic(key.index, rng, failed)
+            if rng.random() < hyper.mixup:
+                partner = self._mosaic(int(rng.integers(len(self))), rng, failed)
+                image, boxes = mixup((image, boxes), partner, rng)
+        else:
+            image, boxes = self._single(key.index, rng, failed)
+        image, boxes = hsv(image, boxes, rng, hyper.hsv_h, hyper.hsv_s, hyper.hsv_v)
+        image, boxes = flip_ud(image, boxes, rng, hyper.flipud)
+        image, boxes = flip_lr(image, boxes, rng, hyper.fliplr)
+        pixels = _to_chw(image)
+        return Sample(torch.from_numpy(pixels), _to_targets(boxes, self.img), zlib.crc32(pixels.data), failed)
+
+    def _mosaic(self, index: int, rng: np.random.Generator, failed: list[str]) -> Labelled:
+        indices = rng.permutation([index, *rng.integers(len(self), size=3)])
+        return mosaic([self._tile(int(i), failed) for i in indices], self.img, rng, self._geometry)
+
+    def _single(self, index: int, rng: np.random.Generator, failed: list[str]) -> Labelled:
+        tile = self._tile(index, failed)
+        corner = ((self.img - tile.hw[1]) // 2, (self.img - tile.hw[0]) // 2)
+        return warp_canvas([(tile, corner)], self.img, self.img, rng, self._geometry)
+
+    def _tile(self, index: int, failed: list[str]) -> Tile:
+        """The image with its long side at the training size."""
+        height, width = (int(side) for side in self.split.shapes_hw[index])
+        hw = scaled_hw((height, width), self.img / max(height, width))
+        return Tile(hw, _to_pixels(self.split.labels[index], hw), partial(self._load, index, hw, failed))
+
+    def _load(self, index: int, hw: tuple[int, int], failed: list[str]) -> Image | None:
+        try:
+            image = decode_image(self.split.image_paths[index], at_least_hw=hw)
+        except DecodeError:
+            failed.append(self.split.relative_paths[index])
+            return None
+        if image.shape[:2] == hw:
+            return image
+        shrink = image.shape[0] / hw[0]
+        return cv2.resize(image, hw[::-1], interpolation=cv2.INTER_AREA if shrink > 2 else cv2.INTER_LINEAR)
+
+
+class EvalDataset:
+    """Images as they are, letterboxed to a square, addressed by their index in the split."""
+
+    def __init__(self, split: Split, img: int) -> None:
+        self.split = split
+        self.img = img
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> EvalSample:
+        height, width = (int(side) for side in self.split.shapes_hw[index])
+        labels = self.split.labels[index]
+        failed = []
+        try:
+            original = decode_image(self.split.image_paths[index])
+        except DecodeError:  # its boxes stay: what can't be seen is missed
+            original = np.full((height, width, 3), GREY, np.uint8)
+            failed.append(self.split.relative_paths[index])
+        shrinks = max(height, width) > self.img
+        image, gain, pad = letterbox(original, (self.img, self.img), cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        boxes = _to_pixels(labels, (height, width))
+        boxes[:, 1:] = boxes[:, 1:] * gain + np.array(pad * 2, np.float32)
+        pixels = torch.from_numpy(_to_chw(image))
+        return EvalSample(pixels, _to_targets(boxes, self.img), index, (height, width), gain, pad, failed)
+
+
+def _to_pixels(labels: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
+    """class, box_xywhn (n, 5) -> class, box_xyxy in pixels (n, 5)."""
+    scale = np.array(hw[::-1], np.float32)
+    centre, half = labels[:, 1:3] * scale, labels[:, 3:5] * scale / 2
+    return np.concatenate([labels[:, :1], centre - half, centre + half], axis=1)
+
+
+def _to_targets(boxes: np.ndarray, size: int) -> Tensor:
+    """class, box_xyxy in pixels (n, 5) -> class, box_xywhn (n, 5), clipped to the image."""
+    low, high = boxes[:, 1:3].clip(0, size), boxes[:, 3:5].clip(0, size)
+    targets = np.concatenate([boxes[:, :1], (low + high) / (2 * size), (high - low) / size], axis=1)
+    return torch.from_numpy(targets.astype(np.float32))
+
+
+def _to_chw(image: Image) -> np.ndarray:
+    return np.ascontiguousarray(image.transpose(2, 0, 1))

@@ -1,0 +1,146 @@
+"""A YOLOv5 data.yaml and the image files that it names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from horoyolo.config import InputError
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a data.yaml says; the folders and list files of a split are looked into by `image_files`."""
+
+    file: Path
+    root: Path  # the data set's folder; names of images in reports and hashes are relative to it
+    splits: dict[str, list[Path]]  # folders and list files
+    names: dict[int, str]
+    num_classes: int
+    download: str = ""  # YOLOv5's key: quoted when images are missing, never run
+
+    def image_files(self, split: str) -> list[Path]:
+        """All image files of a split, sorted. Raises InputError when the split isn't listed, a folder is missing or there are no images."""
+        if split not in self.splits:
+            raise InputError(f"{self.file} has no `{split}` split; it lists {', '.join(self.splits)}")
+        sources = self.splits[split]
+        for source in sources:
+            if not source.exists():
+                raise InputError(f"{self.file}: `{split}` names {source}, which doesn't exist{self._download_hint()}")
+        files = sorted(file for source in sources for file in _images_in(source, self.root))
+        if not files:
+            where = ", ".join(str(source) for source in sources)
+            raise InputError(f"no images found for `{split}` in {where}{self._download_hint()}")
+        return files
+
+    def relative(self, file: Path) -> str:
+        """A file's name as reports and hashes show it: relative to the data set's folder, with forward slashes."""
+        return Path(os.path.relpath(file, self.root)).as_posix()
+
+    def _download_hint(self) -> str:
+        return "; its `download` key isn't run here: fetch the data set first" if self.download else ""
+
+
+def load_data_spec(path: str | Path) -> DataSpec:
+    """Read a YOLOv5 data.yaml as it is.
+
+    A relative `path` is looked for in the current folder, the yaml's folder and the folder above that, in this order; the first that holds
+    one of the splits is taken. Raises InputError for a file that is missing or isn't yaml, for missing or unfit `names`, for an `nc` that
+    disagrees with them, and where no split is given.
+    """
+    file = Path(path)
+    content = _read_yaml(file)
+    names = _names(file, content)
+    entries = {split: _entries(file, split, content[split]) for split in SPLITS if content.get(split)}
+    if not entries:
+        raise InputError(f"{file} lists no images; it must have `train` and `val`, each a folder, a list file or a list of them")
+    root = _root(file, str(content.get("path") or ""), [entry for split in entries.values() for entry in split])
+    splits = {split: [_locate(root, entry) for entry in split_entries] for split, split_entries in entries.items()}
+    return DataSpec(file, root, splits, names, len(names), str(content.get("download") or ""))
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"no such data file: {file}; --data takes a YOLOv5 data.yaml") from None
+    except OSError as error:
+        raise InputError(f"{file} can't be read: {error.strerror}; --data takes a YOLOv5 data.yaml") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        raise InputError(f"{file}{where}: not valid yaml ({reason})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not a data.yaml: it must hold keys such as train, val and names")
+    return content
+
+
+def _names(file: Path, content: dict[str, Any]) -> dict[int, str]:
+    names = content.get("names")
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{file} has no class names; `names` must be a list or a mapping from 0, 1, ... to names")
+    if set(names) != set(range(len(names))):
+        raise InputError(f"{file}: the keys of `names` must be 0 to {len(names) - 1}, not {', '.join(map(str, names))}")
+    num_classes = content.get("nc", len(names))
+    if num_classes != len(names):
+        raise InputError(f"{file}: nc is {num_classes} but `names` has {len(names)} classes; they must agree")
+    return {index: str(names[index]) for index in range(len(names))}
+
+
+def _entries(file: Path, split: str, value: object) -> list[str]:
+    entries: list[Any] = value if isinstance(value, list) else [value]
+    if not all(isinstance(entry, str) for entry in entries):
+        raise InputError(f"{file}: `{split}` must be a folder, a list file or a list of them, not {value!r}")
+    return entries
+
+
+def _root(file: Path, path: str, entries: list[str]) -> Path:
+    folder = _absolute(file).parent
+    if path:
+        given = Path(path).expanduser()
+        candidates = [given] if given.is_absolute() else [Path.cwd() / given, folder / given, folder.parent / given]
+    else:
+        candidates = [folder, Path.cwd()]
+    with_images = (root for root in candidates if any(_locate(root, entry).exists() for entry in entries))
+    existing = (root for root in candidates if root.is_dir())
+    return _absolute(next(with_images, None) or next(existing, None) or candidates[0])
+
+
+def _locate(root: Path, entry: str) -> Path:
+    """An entry below the root; one that starts with ../ may, as many exported data sets have it, mean the root itself."""
+    found = root / Path(entry).expanduser()
+    if entry.startswith("../") and not found.exists() and (root / entry[3:]).exists():
+        found = root / entry[3:]
+    return _absolute(found)
+
+
+def _images_in(source: Path, root: Path) -> Iterable[Path]:
+    if source.is_dir():
+        files: Iterable[Path] = (Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names)
+    else:
+        lines = (line.strip() for line in source.read_text(encoding="utf-8", errors="replace").splitlines())
+        files = (_listed(line, source.parent, root) for line in lines if line)
+    return (file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _listed(line: str, folder: Path, root: Path) -> Path:
+    """A line of a list file: ./ is the list's own folder; other relative names lie below the root, that folder or the current one."""
+    if line.startswith("./"):
+        return _absolute(folder / line)
+    candidates = [_absolute(base / line) for base in (root, folder, Path.cwd())]
+    return next((file for file in candidates if file.exists()), candidates[0])
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # unlike resolve(), keeps links: labels lie beside the images' given name
