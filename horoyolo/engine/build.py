@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch.utils.data import DataLoader
 from horoyolo.compression.build import build_compressor
 from horoyolo.config import Config, InputError, Optim
 from horoyolo.data.dataset import EvalDataset, TrainDataset
-from horoyolo.data.labels import Split
-from horoyolo.data.loader import build_eval_loader, build_train_loader
+from horoyolo.data.loader import build_eval_loader, build_train_loader, choose_num_workers
 from horoyolo.data.sampler import Sampler
+from horoyolo.data.scan import Split
 from horoyolo.distributed.comm import Comm, broadcast_tensors
 from horoyolo.distributed.exchange import Exchange
 from horoyolo.distributed.syncbn import convert_sync_bn
@@ -34,8 +33,6 @@ from horoyolo.model.weights import load_matching, read_weights, save_weights
 from horoyolo.model.yolo import YOLO, load_layer_table, model_from_table
 
 log = logging.getLogger("horoyolo")
-
-MOST_LOADER_PROCESSES = 8
 
 
 @dataclass
@@ -59,6 +56,11 @@ class Training:
     val_loader: DataLoader
     progress: Progress
     state: TrainState
+
+    @property
+    def global_batch(self) -> int:
+        """Images in the global batch that comes next."""
+        return min(self.config.batch, self.sampler.num_samples - self.sampler.consumed)
 
     @property
     def grids(self) -> list[tuple[int, int]]:
@@ -119,8 +121,8 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
     if sync_bn:
         convert_sync_bn(model, comm)
     model = model.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
-    sampler = Sampler(len(train_split.image_paths), config.batch, config.seed)
-    schedule = Schedule(config.hyp, config.optim, config.epochs, config.batch, sampler.batches_per_epoch())
+    sampler = Sampler(len(train_split), config.batch, config.seed)
+    schedule = Schedule(config.hyp, config.optim, config.epochs, config.batch, sampler.global_batches_left())
     optimizer = build_optimizer(model, config.optim, config.hyp.lr0, config.hyp.momentum, schedule.weight_decay)
     scaler = torch.amp.GradScaler(numerics.device.type, enabled=numerics.dtype == torch.float16)
     ema = EMA(model, config.optim.ema_decay, config.optim.ema_tau)
@@ -132,9 +134,9 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
     if resumed is not None:
         state.load_state_dict(resumed)
         log.info("resumed at step %d, epoch %d", progress.step, sampler.epoch)
-    broadcast_tensors([*model.state_dict().values(), *ema.module.state_dict().values()], comm)
+    broadcast_tensors([*model.state_dict().values(), *ema.model.state_dict().values()], comm)
 
-    num_workers = loader_processes(config.workers, comm)
+    num_workers = choose_num_workers(config.workers, comm.local_size())
     train_data = TrainDataset(train_split, config.img, config.hyp, config.seed)
     exchange = Exchange(
         model.named_parameters(), build_compressor(config.comms.compression), comm, config.comms.bucket_mb, overlap=not sync_bn
@@ -163,11 +165,13 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
 def build_loss(config: Config, model: YOLO) -> DetectionLoss:
     """The loss with its gains scaled by layers, classes and image size, as YOLOv5's training does."""
     hyper = config.hyp
-    gains = scale_gains(hyper, len(model.strides), model.num_classes, config.img)
+    box, obj, cls = scale_gains(hyper.box, hyper.obj, hyper.cls, len(model.strides), model.num_classes, config.img)
     return DetectionLoss(
         anchors=model.anchors,
         num_classes=model.num_classes,
-        **gains,
+        box=box,
+        obj=obj,
+        cls=cls,
         cls_pw=hyper.cls_pw,
         obj_pw=hyper.obj_pw,
         anchor_t=hyper.anchor_t,
@@ -190,10 +194,3 @@ def build_optimizer(model: nn.Module, optim: Optim, lr: float, momentum: float, 
         return torch.optim.AdamW(options, lr=lr, betas=(momentum, 0.999), fused=True)
     return torch.optim.SGD(options, lr=lr, momentum=momentum, nesterov=True, fused=True)
 
-
-def loader_processes(wanted: int, comm: Comm) -> int:
-    """Loader processes of each worker: as asked, or what the host's cores leave beside its workers."""
-    if wanted >= 0:
-        return wanted
-    cores = len(os.sched_getaffinity(0))
-    return max(0, min(MOST_LOADER_PROCESSES, cores // comm.local_size() - 1))

@@ -13,8 +13,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from horoyolo.config import InputError
 from horoyolo.files import atomic_file
 
@@ -25,6 +23,8 @@ MANIFEST = "manifest.json"
 
 def save_checkpoint(folder: Path, state: dict[str, Any], step: int, keep: int, notes: dict[str, Any]) -> Path:
     """Writes ``state`` as ``folder/step-N.pt``, then its manifest entry with ``notes``, then deletes all but the ``keep`` newest."""
+    import torch
+
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     buffer = io.BytesIO()
@@ -47,6 +47,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], step: int, keep: int, n
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state saved at ``path`` (InputError: not there, torn, changed since it was written)."""
+    import torch  # here and above: a launcher looks for runs on machines that have none
+
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -18,6 +18,10 @@ class Numerics:
     dtype: torch.dtype  # float32, bfloat16 or float16
     memory_format: torch.memory_format
 
+    def describe(self) -> str:
+        """For a log line: device, precision, layout."""
+        return f"{self.device}, {str(self.dtype).removeprefix('torch.')}, {str(self.memory_format).removeprefix('torch.')}"
+
     def autocast(self) -> AbstractContextManager:
         """The context a forward pass runs in."""
         if self.dtype == torch.float32:

@@ -65,7 +65,7 @@ def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> 
     Gives the record of the global batch, and whether any worker was asked to stop.
     """
     progress, sampler, comm, numerics = job.progress, job.sampler, job.comm, job.numerics
-    epoch, global_batch = sampler.epoch, sampler.global_batch()
+    epoch, global_batch = sampler.epoch, job.global_batch
     last_of_epoch = sampler.consumed + global_batch == sampler.num_samples
     rates = job.schedule.at(epoch, progress.step)
     update_due = last_of_epoch or progress.step + 1 - progress.last_update_step >= rates.accumulate
@@ -153,11 +153,12 @@ def apply_update(job: Training) -> None:
     A gradient that is not finite is left out. All workers do the same since all hold the same bits.
     """
     job.scaler.unscale_(job.optimizer)
-    norm = global_norm(job.exchange.flats())
+    flats = [bucket.flat for bucket in job.exchange.buckets]
+    norm = global_norm(flats)
     if math.isfinite(norm):
         largest = job.config.optim.clip_norm
         if 0 < largest < norm:
-            torch._foreach_mul_(job.exchange.flats(), largest / norm)
+            torch._foreach_mul_(flats, largest / norm)
         job.scaler.step(job.optimizer)
         job.ema.update(job.model)
         job.progress.update += 1
@@ -183,7 +184,7 @@ def finish_epoch(job: Training, epoch: int, started_s: float) -> EpochRecord:
     job.sampler.next_epoch()
     progress.start_epoch()
 
-    ema = averaged(job.ema.module, job)
+    ema = averaged(job.ema.model, job)
     metrics, val_losses = None, None
     if (epoch + 1) % job.config.evaluate_every == 0 or epoch + 1 == job.config.epochs:
         metrics, val_losses = job.evaluate(ema)
@@ -229,5 +230,5 @@ def whole_state(job: Training) -> dict[str, Any]:
     """What a checkpoint holds, free of the number of workers: BatchNorm statistics are averaged on copies; every worker must call it."""
     state = job.state.state_dict()
     state["model"] = averaged(job.model, job).state_dict()
-    state["ema"]["module"] = averaged(job.ema.module, job).state_dict()
+    state["ema"]["model"] = averaged(job.ema.model, job).state_dict()
     return state

@@ -1,0 +1,124 @@
+"""``bench step``: how long a training step takes on this device, by precision and memory layout, in turn and side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from horoyolo.config import Config, Hyper, Optim
+from horoyolo.distributed.exchange import Exchange
+from horoyolo.engine.build import build_loss, build_optimizer
+from horoyolo.engine.device import Numerics, pick_device
+from horoyolo.files import atomic_file
+from horoyolo.model.yolo import build_model
+
+WARMUP_STEPS = 3
+VARIANTS = {
+    "fp32 NCHW": (torch.float32, torch.contiguous_format),
+    "fp32 channels_last": (torch.float32, torch.channels_last),
+    "bf16 NCHW": (torch.bfloat16, torch.contiguous_format),
+    "bf16 channels_last": (torch.bfloat16, torch.channels_last),
+}
+
+
+@dataclass
+class Stepper:
+    """A model with images and labels of its own, ready to take training steps; ``exchange`` None: gradients stay here."""
+
+    numerics: Numerics
+    cfg: str
+    img: int
+    batch: int
+    seed: int = 0
+    exchange: Exchange | None = None
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.seed)
+        hyper = Hyper()
+        self.model = build_model(self.cfg, 80).to(self.numerics.device, memory_format=self.numerics.memory_format).train()  # type: ignore[call-overload]
+        self.loss = build_loss(Config(img=self.img, hyp=hyper), self.model)
+        self.optimizer = build_optimizer(self.model, Optim(), hyper.lr0, hyper.momentum, hyper.weight_decay)
+        self.images = torch.randint(0, 256, (self.batch, 3, self.img, self.img), dtype=torch.uint8)
+        # Eight boxes of a fifth to a half of the image in each, as dense as in common data sets.
+        boxes = torch.cat([torch.rand(8 * self.batch, 2) * 0.5 + 0.25, torch.rand(8 * self.batch, 2) * 0.3 + 0.2], 1)
+        number = torch.arange(self.batch).repeat_interleave(8)[:, None].float()
+        self.targets = torch.cat([number, torch.randint(0, 80, (8 * self.batch, 1)).float(), boxes], 1)
+        grids = [(self.img // stride, self.img // stride) for stride in self.model.strides]
+        self.positives = self.loss.count_positives(self.targets, grids).to(self.numerics.device)
+
+    def step(self) -> None:
+        """Forward, loss, backward, exchange where there is one, optimizer step."""
+        if self.exchange is not None:
+            self.exchange.zero_grad()
+            self.exchange.arm()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+        with self.numerics.autocast():
+            heads = self.model(self.numerics.as_input(self.images))
+        losses = self.loss(heads, self.targets.to(self.numerics.device), self.positives, self.batch)
+        (losses.sum() * self.batch).backward()
+        if self.exchange is not None:
+            self.exchange.finish()
+        self.optimizer.step()
+
+    def seconds(self, steps: int) -> list[float]:
+        """The time of each of ``steps`` steps."""
+        times = []
+        for _ in range(steps):
+            started_s = time.perf_counter()
+            self.step()
+            if self.numerics.device.type == "cuda":
+                torch.cuda.synchronize(self.numerics.device)
+            times.append(time.perf_counter() - started_s)
+        return times
+
+
+def bench_step(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Times every variant, prints the table, writes the JSON, and gives what it holds: median seconds and rates a variant."""
+    device = pick_device(parsed.device, 0)
+    steppers = {
+        name: Stepper(Numerics(device, dtype, layout), parsed.cfg, parsed.img, parsed.batch) for name, (dtype, layout) in VARIANTS.items()
+    }
+    medians: dict[str, list[float]] = {name: [] for name in steppers}
+    for stepper in steppers.values():
+        stepper.seconds(WARMUP_STEPS)
+    for _ in range(parsed.repeats):
+        for name, stepper in steppers.items():
+            medians[name].append(statistics.median(stepper.seconds(parsed.steps)))
+
+    print(f"{parsed.cfg}, {parsed.img} px, {parsed.batch} images, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}")
+    result = table(medians, parsed.batch, baseline=next(iter(VARIANTS)))
+    report = {"machine": platform.processor() or platform.machine(), "settings": settings(parsed), "variants": result}
+    write_json(parsed.json, report)
+    return report
+
+
+def table(medians: dict[str, list[float]], images: int, baseline: str) -> dict[str, Any]:
+    """Prints and gives each variant's median of medians, its spread and its rate against the baseline, paired repeat by repeat."""
+    result = {}
+    print(f"{'':34}{'ms a step':>10}{'min':>8}{'max':>8}{'images/s':>10}{'against ' + baseline:>26}")
+    for name, values in medians.items():
+        ratio = statistics.median(b / v for b, v in zip(medians[baseline], values, strict=True))
+        median_s = statistics.median(values)
+        result[name] = {"median_s": median_s, "min_s": min(values), "max_s": max(values), "rate_ratio": ratio, "repeats_s": values}
+        print(f"{name:34}{median_s * 1e3:10.1f}{min(values) * 1e3:8.1f}{max(values) * 1e3:8.1f}{images / median_s:10.1f}{ratio:25.2f}x")
+    return result
+
+
+def settings(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The plain values among the parsed words."""
+    return {key: value for key, value in vars(parsed).items() if isinstance(value, (str, int, float, list))}
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Writes ``content`` to ``path``; an empty path: nowhere."""
+    if path:
+        with atomic_file(path, "w") as stream:
+            json.dump(content, stream, indent=1)

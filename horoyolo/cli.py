@@ -1,0 +1,355 @@
+"""The command line: each sub-command parses its words, then calls one function, imported only then."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from horoyolo import __version__
+from horoyolo import config as configuration
+from horoyolo.config import Config, InputError
+from horoyolo.launch.status import announce_worker, report_status
+
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+
+RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and gives its exit status: 0 done, 1 failed, 2 bad usage or input, 75 stopped on request, to be resumed."""
+    try:
+        words = list(sys.argv[1:] if argv is None else argv)
+        parsed, unknown = build_parser().parse_known_args(words)
+        if unknown:
+            raise InputError(unknown_flag(parsed.command, unknown[0]))
+        status = parsed.run(parsed)
+    except InputError as error:
+        # Workers meet the same bad input together: one of them tells it.
+        if _is_first_worker():
+            print(f"horoyolo: error: {error}", file=sys.stderr)
+        status = BAD_INPUT
+    except KeyboardInterrupt:
+        status = FAILED
+    except BaseException:
+        report_status(FAILED)
+        raise
+    report_status(status)
+    return status
+
+
+def _is_first_worker() -> bool:
+    return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are InputErrors of one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message} (--help lists what there is)")
+
+    def flags(self) -> list[str]:
+        """Every flag this parser knows."""
+        return list(self._option_string_actions)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of ``train`` and the configuration key that it sets."""
+
+    names: tuple[str, ...]
+    key: str
+    help: str
+    switch: bool = False  # takes no value
+    optional: str | None = None  # what the flag means without a value
+
+
+TRAIN_FLAGS = (
+    Flag(("--data",), "data", "YOLOv5 data.yaml"),
+    Flag(("--cfg",), "cfg", "model: yolov5n s m l x, n6 to x6, or a YOLOv5 model yaml"),
+    Flag(("--weights",), "weights", "start from a .pt of this project or of YOLOv5"),
+    Flag(("--img", "--imgsz", "--img-size"), "img", "side of the training images in pixels"),
+    Flag(("--batch", "--batch-size"), "batch", "images in a global batch, over all workers"),
+    Flag(("--epochs",), "epochs", "passes over the training images"),
+    Flag(("--project",), "project", "folder of runs"),
+    Flag(("--name",), "name", "folder of this run; a number is added where it is taken"),
+    Flag(("--exist-ok",), "exist_ok", "use the folder even if it is taken", switch=True),
+    Flag(("--device",), "device", "cpu, cuda or GPU numbers such as 0,1"),
+    Flag(("--workers",), "workers", "loader processes of each worker; -1: what its cores allow"),
+    Flag(("--seed",), "seed", "seed of everything random"),
+    Flag(("--sync-bn",), "comms.sync_bn", "BatchNorm over the global batch", switch=True),
+    Flag(("--resume",), "resume", "go on: auto (this --name, if it is there), a run folder or a checkpoint; bare: the newest run", optional="newest"),
+    Flag(("--compression",), "comms.compression", "how gradients are compressed: none"),
+    Flag(("--precision",), "precision", "fp32, bf16, fp16 (GPU) or auto"),
+    Flag(("--optimizer",), "optim.optimizer", "sgd or adamw"),
+    Flag(("--cos-lr",), "optim.cos_lr", "cosine instead of linear decay", switch=True),
+    Flag(("--label-smoothing",), "hyp.label_smoothing", "0 to 1"),
+)
+
+# Flags of YOLOv5 and of later versions that a user may bring along.
+NOT_YET = (
+    *("--rect", "--nosave", "--noval", "--noautoanchor", "--noplots", "--evolve", "--bucket", "--cache", "--image-weights", "--multi-scale"),
+    *("--single-cls", "--quad", "--patience", "--freeze", "--save-period", "--entity", "--elastic", "--pipeline-stages"),
+    *("--hostfile", "--hosts", "-H", "--slurm", "--transport", "--min-np", "--max-np", "--nic", "--stage", "--script"),
+)
+
+
+def unknown_flag(command: str, word: str) -> str:
+    """The line for a word that no parser knows: not supported yet, or the nearest known flag."""
+    flag = word.split("=")[0]
+    if flag in NOT_YET:
+        return f"{flag}: not supported yet by horoyolo {command} {__version__}"
+    known = _sub_parsers()[command].flags()
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.4)
+    return f"{command}: unknown argument {word!r}; " + (f"did you mean {near[0]}?" if near else "--help lists what there is")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser(prog="horoyolo", description="Train a YOLOv5-style detector over many machines with Horovod.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (describe, text) in COMMANDS.items():
+        describe(commands.add_parser(name, help=text, description=text))
+    return parser
+
+
+def _sub_parsers() -> dict[str, _Parser]:
+    sub_parsers = {}
+    for name, (describe, text) in COMMANDS.items():
+        sub_parsers[name] = _Parser(prog=f"horoyolo {name}", description=text)
+        describe(sub_parsers[name])
+    return sub_parsers
+
+
+def _describe_train(parser: _Parser) -> None:
+    for flag in TRAIN_FLAGS:
+        options: dict[str, Any] = {"dest": flag.key, "help": flag.help, "default": argparse.SUPPRESS}
+        if flag.switch:
+            options["action"] = "store_true"
+        elif flag.optional:
+            options |= {"nargs": "?", "const": flag.optional}
+        parser.add_argument(*flag.names, **options)
+    parser.add_argument("--hyp", metavar="YAML", default="", help="hyper-parameter file of YOLOv5")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any other setting, such as hyp.lr0=0.02")
+    parser.set_defaults(run=_train)
+
+
+def train_config(parsed: argparse.Namespace) -> Config:
+    """The validated configuration that the words of ``train`` mean: of the resumed run, then file, flags, ``--set`` (InputError)."""
+    from horoyolo.engine.runs import resumed_folder
+
+    given = {flag.key: getattr(parsed, flag.key) for flag in TRAIN_FLAGS if hasattr(parsed, flag.key)}
+    config = configuration.override(Config(), given, "command line")
+    folder = resumed_folder(config)
+    if folder is not None:
+        config = configuration.load(folder / "config.yaml")
+    if parsed.hyp:
+        config = configuration.load_hyper(config, parsed.hyp)
+    config = configuration.override(config, given, "command line")
+    for word in parsed.set:
+        key, separator, value = word.partition("=")
+        if not separator:
+            raise InputError(f"--set {word}: KEY=VALUE is wanted, such as hyp.lr0=0.02")
+        config = configuration.override(config, {key: value}, "--set")
+    configuration.validate(config)
+    return config
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    config = train_config(parsed)
+    from horoyolo.engine.start import start_training
+
+    return DONE if start_training(config, on_ready=announce_worker) else STOPPED
+
+
+def _describe_val(parser: _Parser) -> None:
+    parser.add_argument("--weights", required=True, metavar="PT")
+    parser.add_argument("--data", required=True, metavar="YAML")
+    parser.add_argument("--split", default="val", choices=("train", "val", "test"))
+    parser.add_argument("--img", "--imgsz", "--img-size", type=_positive, default=None, help="side in pixels; as trained where the file says it")
+    parser.add_argument("--batch", "--batch-size", type=_positive, default=32)
+    parser.add_argument("--device", default="")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    parser.add_argument("--workers", type=int, default=-1)
+    parser.add_argument("--out", type=Path, default=None, help="folder for metrics.json")
+    parser.add_argument("--json", type=Path, default=None, help="file for the metrics")
+    parser.set_defaults(run=_val)
+
+
+def _val(parsed: argparse.Namespace) -> int:
+    from horoyolo.val import validate
+
+    validate(
+        weights=parsed.weights,
+        data=parsed.data,
+        split=parsed.split,
+        img=parsed.img,
+        batch=parsed.batch,
+        device=parsed.device,
+        precision=parsed.precision,
+        num_workers=parsed.workers,
+        json_files=[path for path in (parsed.json, parsed.out and parsed.out / "metrics.json") if path],
+    )
+    return DONE
+
+
+def _describe_predict(parser: _Parser) -> None:
+    parser.add_argument("--weights", required=True, metavar="PT")
+    parser.add_argument("--source", required=True, metavar="FILE|DIR|GLOB")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--img", "--imgsz", "--img-size", type=_positive, default=None, help="longest side in pixels; as trained where the file says it")
+    parser.add_argument("--conf", "--conf-thres", type=_fraction, default=0.25, help="least confidence of a box")
+    parser.add_argument("--iou", "--iou-thres", type=_fraction, default=0.45, help="IoU above which the weaker box of a class goes")
+    parser.add_argument("--device", default="")
+    parser.set_defaults(run=_predict)
+
+
+def _predict(parsed: argparse.Namespace) -> int:
+    from horoyolo.predict import predict
+
+    predict(parsed.weights, parsed.source, parsed.out, parsed.img, parsed.conf, parsed.iou, parsed.device)
+    return DONE
+
+
+def _describe_launch(parser: _Parser) -> None:
+    parser.add_argument("-np", "--num-proc", type=_positive, default=1, help="workers")
+    parser.add_argument("--launcher", default="horovodrun", help="horovodrun or mpirun")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run")
+    parser.add_argument("job", nargs=argparse.REMAINDER, metavar="-- train ...", help="what every worker runs")
+    parser.set_defaults(run=_launch)
+
+
+def _launch(parsed: argparse.Namespace) -> int:
+    from horoyolo.launch.command import Job, worker_env
+    from horoyolo.launch.hosts import local_hosts
+    from horoyolo.launch.run import command_line, run_job
+
+    words = parsed.job[1:] if parsed.job[:1] == ["--"] else parsed.job
+    if words[:1] != ["train"]:
+        raise InputError(f"launch: -- train ... is wanted behind the flags of launch, not {' '.join(words) or 'nothing'!r}")
+    check_job(words, parsed.num_proc)
+    worker = (sys.executable, "-m", "horoyolo", *words)
+    env = worker_env(parsed.num_proc, len(os.sched_getaffinity(0)), os.environ)
+    job, hosts = Job(parsed.num_proc, worker, env, as_root=os.geteuid() == 0), local_hosts(parsed.num_proc)
+    if parsed.dry_run:
+        return _print_lines([shlex.join([*(f"{name}={value}" for name, value in env.items()), *command_line(job, hosts, parsed.launcher)])])
+    return run_job(job, hosts, parsed.launcher)
+
+
+def check_job(words: list[str], num_workers: int) -> None:
+    """Raises InputError for what can be seen to be wrong with a job before any worker is started; imports no torch."""
+    parsed, unknown = build_parser().parse_known_args(words)
+    if unknown:
+        raise InputError(unknown_flag(parsed.command, unknown[0]))
+    config = train_config(parsed)
+    if config.batch < num_workers:
+        raise InputError(f"batch = {config.batch} over {num_workers} workers; at least one image for each is wanted")
+    from horoyolo.data.spec import load_data_spec
+
+    load_data_spec(config.data)
+
+
+def _describe_data(parser: _Parser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    convert = actions.add_parser("convert", help="another format to YOLO folders and a data.yaml")
+    formats = convert.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    voc = formats.add_parser("voc", help="Pascal VOC: Annotations, JPEGImages, ImageSets/Main")
+    voc.add_argument("--source", required=True, metavar="DIR")
+    voc.set_defaults(run=_convert_voc)
+    coco = formats.add_parser("coco", help="COCO json")
+    coco.add_argument("--source", required=True, metavar="ANN.json")
+    coco.add_argument("--images", required=True, metavar="DIR")
+    coco.set_defaults(run=_convert_coco)
+    for sub_parser in (voc, coco):
+        sub_parser.add_argument("--out", required=True, metavar="DIR")
+        sub_parser.add_argument("--names", nargs="+", default=None, help="classes in this order; else alphabetical")
+    check = actions.add_parser("check", help="scan images and labels and tell what is wrong with them")
+    check.add_argument("--data", required=True, metavar="YAML")
+    check.set_defaults(run=_check_data)
+    synth = actions.add_parser("synth", help="a small synthetic data set")
+    synth.add_argument("--out", required=True, metavar="DIR")
+    synth.add_argument("--images", type=_positive, default=200)
+    synth.add_argument("--seed", type=int, default=0)
+    synth.set_defaults(run=_synthesise)
+
+
+def _convert_voc(parsed: argparse.Namespace) -> int:
+    from horoyolo.data.convert import convert_voc
+
+    return _print_lines(convert_voc(parsed.source, parsed.out, parsed.names).lines())
+
+
+def _convert_coco(parsed: argparse.Namespace) -> int:
+    from horoyolo.data.convert import convert_coco
+
+    return _print_lines(convert_coco(parsed.source, parsed.images, parsed.out, parsed.names).lines())
+
+
+def _check_data(parsed: argparse.Namespace) -> int:
+    from horoyolo.data.scan import scan_split
+    from horoyolo.data.spec import load_data_spec
+
+    spec = load_data_spec(parsed.data)
+    return _print_lines([line for split in spec.splits for line in scan_split(spec, split).report.lines()])
+
+
+def _synthesise(parsed: argparse.Namespace) -> int:
+    from horoyolo.data.synthetic import write_synthetic
+
+    write_synthetic(parsed.out, parsed.images, parsed.seed)
+    return _print_lines([f"{parsed.images} images in {parsed.out}; train with --data {Path(parsed.out) / 'data.yaml'}"])
+
+
+def _describe_bench(parser: _Parser) -> None:
+    from horoyolo.bench.flags import describe_step
+
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    step = benches.add_parser("step", help="training steps a second, precisions and layouts side by side")
+    describe_step(step)
+    step.set_defaults(run=_bench_step)
+
+
+def _bench_step(parsed: argparse.Namespace) -> int:
+    from horoyolo.bench.step import bench_step
+
+    bench_step(parsed)
+    return DONE
+
+
+def _print_lines(lines: list[str]) -> int:
+    print("\n".join(lines))
+    return DONE
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1 is wanted")
+    return number
+
+
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: a number from 0 to 1 is wanted")
+    return number
+
+
+COMMANDS: dict[str, tuple[Callable[[_Parser], None], str]] = {
+    "train": (_describe_train, "train a detector; every worker runs this"),
+    "val": (_describe_val, "score weights on a data set"),
+    "predict": (_describe_predict, "find objects in images"),
+    "launch": (_describe_launch, "start the workers of a job"),
+    "data": (_describe_data, "convert, check and make data sets"),
+    "bench": (_describe_bench, "measure this machine"),
+}
