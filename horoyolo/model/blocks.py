@@ -1,6 +1,7 @@
 """The building blocks of the layer tables.
 
-Attribute names follow the public YOLOv5 checkpoints, so that their tensors map by name. A block's arguments after the input channels stand in the order of the tables' last column.
+Attribute names follow the public YOLOv5 checkpoints, so that their tensors map by name. A block's arguments after the input channels
+stand in the order of the tables' last column.
 """
 
 from __future__ import annotations
@@ -24,12 +25,20 @@ class Conv(nn.Module):
     """Convolution without bias, BatchNorm, activation."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, padding: int | None = None, groups: int = 1, dilation: int = 1, act: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 1,
+        stride: int = 1,
+        padding: int | None = None,
+        groups: int = 1,
+        dilation: int = 1,
+        act: bool = True,
     ) -> None:
         super().__init__()
         padding = same_padding(kernel, dilation) if padding is None else padding
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.bn: nn.Module = nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
         self.act: nn.Module = nn.SiLU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,16 +70,16 @@ class Bottleneck(nn.Module):
 class BottleneckCSP(nn.Module):
     """Cross-stage partial bottleneck (Wang et al. 2019, CSPNet), used by the tables before C3."""
 
-    def __init__(self, in_channels: int, out_channels: int, repeats: int = 1, shortcut: bool = True, groups: int = 1, expansion: float = 0.5) -> None:
+    def __init__(self, in_channels: int, out_channels: int, repeats: int = 1, shortcut: bool = True) -> None:
         super().__init__()
-        hidden = int(out_channels * expansion)
+        hidden = out_channels // 2
         self.cv1 = Conv(in_channels, hidden)
         self.cv2 = nn.Conv2d(in_channels, hidden, 1, bias=False)
         self.cv3 = nn.Conv2d(hidden, hidden, 1, bias=False)
         self.cv4 = Conv(2 * hidden, out_channels)
         self.bn = nn.BatchNorm2d(2 * hidden, eps=BN_EPS, momentum=BN_MOMENTUM)
         self.act: nn.Module = nn.SiLU()
-        self.m = nn.Sequential(*(Bottleneck(hidden, hidden, shortcut, groups, expansion=1.0) for _ in range(repeats)))
+        self.m = nn.Sequential(*(Bottleneck(hidden, hidden, shortcut, expansion=1.0) for _ in range(repeats)))
 
     def forward(self, x: Tensor) -> Tensor:
         deep = self.cv3(self.m(self.cv1(x)))
@@ -80,13 +89,13 @@ class BottleneckCSP(nn.Module):
 class C3(nn.Module):
     """CSP bottleneck with three convolutions: one half of the channels goes through the bottlenecks, the other past them."""
 
-    def __init__(self, in_channels: int, out_channels: int, repeats: int = 1, shortcut: bool = True, groups: int = 1, expansion: float = 0.5) -> None:
+    def __init__(self, in_channels: int, out_channels: int, repeats: int = 1, shortcut: bool = True) -> None:
         super().__init__()
-        hidden = int(out_channels * expansion)
+        hidden = out_channels // 2
         self.cv1 = Conv(in_channels, hidden)
         self.cv2 = Conv(in_channels, hidden)
         self.cv3 = Conv(2 * hidden, out_channels)
-        self.m: nn.Module = nn.Sequential(*(Bottleneck(hidden, hidden, shortcut, groups, expansion=1.0) for _ in range(repeats)))
+        self.m: nn.Module = nn.Sequential(*(Bottleneck(hidden, hidden, shortcut, expansion=1.0) for _ in range(repeats)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
@@ -125,9 +134,9 @@ class TransformerBlock(nn.Module):
 class C3TR(C3):
     """C3 with a transformer in place of the bottlenecks."""
 
-    def __init__(self, in_channels: int, out_channels: int, repeats: int = 1, shortcut: bool = True, groups: int = 1, expansion: float = 0.5) -> None:
-        super().__init__(in_channels, out_channels, 0, shortcut, groups, expansion)
-        self.m = TransformerBlock(int(out_channels * expansion), 4, repeats)
+    def __init__(self, in_channels: int, out_channels: int, repeats: int = 1, shortcut: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 0, shortcut)
+        self.m = TransformerBlock(out_channels // 2, 4, repeats)
 
 
 class GhostConv(nn.Module):
@@ -156,9 +165,11 @@ class GhostBottleneck(nn.Module):
             DWConv(hidden, hidden, kernel, stride, act=False) if down else nn.Identity(),
             GhostConv(hidden, out_channels, act=False),
         )
-        self.shortcut = (
-            nn.Sequential(DWConv(in_channels, in_channels, kernel, stride, act=False), Conv(in_channels, out_channels, act=False)) if down else nn.Identity()
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if down:
+            self.shortcut = nn.Sequential(
+                DWConv(in_channels, in_channels, kernel, stride, act=False), Conv(in_channels, out_channels, act=False)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) + self.shortcut(x)
@@ -167,9 +178,9 @@ class GhostBottleneck(nn.Module):
 class C3Ghost(C3):
     """C3 with ghost bottlenecks."""
 
-    def __init__(self, in_channels: int, out_channels: int, repeats: int = 1, shortcut: bool = True, groups: int = 1, expansion: float = 0.5) -> None:
-        super().__init__(in_channels, out_channels, 0, shortcut, groups, expansion)
-        hidden = int(out_channels * expansion)
+    def __init__(self, in_channels: int, out_channels: int, repeats: int = 1, shortcut: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 0, shortcut)
+        hidden = out_channels // 2
         self.m = nn.Sequential(*(GhostBottleneck(hidden, hidden) for _ in range(repeats)))
 
 
@@ -208,11 +219,9 @@ class SPPF(nn.Module):
 class Focus(nn.Module):
     """Every 2x2 patch of pixels becomes four times the channels, then a convolution: the stem before version 6."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, padding: int | None = None, groups: int = 1, act: bool = True
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__()
-        self.conv = Conv(4 * in_channels, out_channels, kernel, stride, padding, groups, act=act)
+        self.conv = Conv(4 * in_channels, out_channels, kernel, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         even, odd = x[..., ::2, :], x[..., 1::2, :]

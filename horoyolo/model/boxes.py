@@ -53,27 +53,29 @@ def unletterbox(boxes_xyxy: Tensor, letterboxed_hw: tuple[int, int], original_hw
 
 def box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """IoU of each pair: (n, 4), (m, 4) to (n, m). Boxes without area have IoU 0."""
-    low = torch.maximum(a_xyxy[:, None, :2], b_xyxy[None, :, :2])
-    high = torch.minimum(a_xyxy[:, None, 2:4], b_xyxy[None, :, 2:4])
-    inter = (high - low).clamp_(min=0).prod(-1)  # (n, m)
-    area_a = (a_xyxy[:, 2:4] - a_xyxy[:, :2]).prod(-1)
-    area_b = (b_xyxy[:, 2:4] - b_xyxy[:, :2]).prod(-1)
-    union = area_a[:, None] + area_b[None] - inter
+    a_left, a_top, a_right, a_bottom = a_xyxy[:, :, None].unbind(1)  # (n, 1) each
+    b_left, b_top, b_right, b_bottom = b_xyxy[:, :4].T[:, None].unbind(0)  # (1, m) each
+    width = (torch.minimum(a_right, b_right) - torch.maximum(a_left, b_left)).clamp_(min=0)
+    height = (torch.minimum(a_bottom, b_bottom) - torch.maximum(a_top, b_top)).clamp_(min=0)
+    inter = width.mul_(height)  # (n, m)
+    union = (a_right - a_left) * (a_bottom - a_top) + (b_right - b_left) * (b_bottom - b_top) - inter
     return inter / union.clamp_(min=torch.finfo(union.dtype).tiny)
 
 
 def bbox_iou(a_xywh: Tensor, b_xywh: Tensor, kind: str = "ciou", eps: float = 1e-7) -> Tensor:
-    """Overlap of boxes row by row, (n, 4), (n, 4) to (n,): ``iou``, ``giou`` (Rezatofighi et al. 2019), ``diou`` or ``ciou`` (Zheng et al. 2020, equations 7 to 11)."""
+    """Overlap of boxes row by row, (n, 4), (n, 4) to (n,): ``iou``, ``giou`` (Rezatofighi et al. 2019), ``diou`` or ``ciou`` (Zheng et
+    al. 2020, equations 7 to 11).
+    """
     a, b = xywh_to_xyxy(a_xywh), xywh_to_xyxy(b_xywh)
     a_low, a_high, b_low, b_high = a[:, :2], a[:, 2:], b[:, :2], b[:, 2:]
-    inter = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
-    union = a_xywh[:, 2:4].prod(-1) + b_xywh[:, 2:4].prod(-1) - inter + eps
+    inter = _area((torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0))
+    union = _area(a_xywh[:, 2:4]) + _area(b_xywh[:, 2:4]) - inter + eps
     iou = inter / union
     if kind == "iou":
         return iou
     enclosing_wh = torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)
     if kind == "giou":
-        enclosing = enclosing_wh.prod(-1) + eps
+        enclosing = _area(enclosing_wh) + eps
         return iou - (enclosing - union) / enclosing
     centre_distance2 = ((a_xywh[:, :2] - b_xywh[:, :2]) ** 2).sum(-1)
     diou = iou - centre_distance2 / ((enclosing_wh**2).sum(-1) + eps)
@@ -89,6 +91,10 @@ def bbox_iou(a_xywh: Tensor, b_xywh: Tensor, kind: str = "ciou", eps: float = 1e
     return diou - weight * aspect
 
 
+def _area(wh: Tensor) -> Tensor:
+    return wh[:, 0] * wh[:, 1]
+
+
 def non_max_suppression(
     predictions: Tensor,
     conf_threshold: float = 0.25,
@@ -98,19 +104,27 @@ def non_max_suppression(
     max_detections: int = 300,
     classes: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Predictions (B, N, 5 + num_classes), as `YOLO.decode` gives them, to one tensor (n, 6) an image: x1, y1, x2, y2, confidence, class, by falling confidence.
+    """Predictions (B, N, 5 + num_classes), as `YOLO.decode` gives them, to one tensor (n, 6) an image: x1, y1, x2, y2, confidence, class,
+    by falling confidence.
 
-    Confidence is objectness times class score and must exceed ``conf_threshold``. ``multi_label`` lets a box have every class that does, else the best one only.
-    ``class_agnostic`` lets boxes of different classes suppress each other; ``classes`` are the only ones wanted.
+    Confidence is objectness times class score and must exceed ``conf_threshold``. ``multi_label`` lets a box have every class that does,
+    else the best one only. ``class_agnostic`` lets boxes of different classes suppress each other; ``classes`` are the only ones wanted.
     """
     with torch.no_grad():
         return [
-            _suppress_image(image, conf_threshold, iou_threshold, multi_label, class_agnostic, max_detections, classes) for image in predictions
+            _suppress_image(image, conf_threshold, iou_threshold, multi_label, class_agnostic, max_detections, classes)
+            for image in predictions
         ]
 
 
 def _suppress_image(
-    predictions: Tensor, conf_threshold: float, iou_threshold: float, multi_label: bool, class_agnostic: bool, max_detections: int, classes: Sequence[int] | None
+    predictions: Tensor,
+    conf_threshold: float,
+    iou_threshold: float,
+    multi_label: bool,
+    class_agnostic: bool,
+    max_detections: int,
+    classes: Sequence[int] | None,
 ) -> Tensor:
     predictions = predictions[predictions[:, 4] > conf_threshold]  # (n, 5 + nc)
     scores = predictions[:, 5:] * predictions[:, 4:5]  # (n, nc)
@@ -135,7 +149,8 @@ def _suppress_image(
 def greedy_nms(boxes_xyxy: Tensor, labels: Tensor | None, iou_threshold: float, max_kept: int) -> Tensor:
     """Indices, rising, of the boxes (n, 4) that no kept box before them overlaps by more than ``iou_threshold``; at most ``max_kept``.
 
-    Boxes come by falling confidence. With ``labels`` (n,) boxes of different labels do not meet. Decides a block of boxes at a time and stops as soon as it has enough.
+    Boxes come by falling confidence. With ``labels`` (n,) boxes of different labels do not meet. Decides a block of boxes at a time and
+    stops as soon as it has enough.
     """
     kept = torch.empty(0, dtype=torch.long, device=boxes_xyxy.device)
 
@@ -155,7 +170,8 @@ def greedy_nms(boxes_xyxy: Tensor, labels: Tensor | None, iou_threshold: float, 
 def _first_come(overlap: Tensor) -> Tensor:
     """Which boxes (n,) the greedy rule keeps, from their overlaps (n, n).
 
-    Box j is kept where no kept i < j overlaps it. Iterating this from "all kept" settles one more link of every chain of overlaps each time, so the fixed point is the sequential result (Zheng et al. 2020, Cluster-NMS).
+    Box j is kept where no kept i < j overlaps it. Iterating this from "all kept" settles one more link of every chain of overlaps each
+    time, so the fixed point is the sequential result (Zheng et al. 2020, Cluster-NMS).
     """
     earlier = overlap.triu(1).float()
     kept = torch.ones(len(overlap), device=overlap.device)

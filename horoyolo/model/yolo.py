@@ -33,7 +33,8 @@ _UNSCALED = (nn.Upsample, nn.MaxPool2d, nn.ZeroPad2d)  # blocks that keep the nu
 class YOLO(nn.Module):
     """A YOLOv5 detector: images (B, 3, H, W) in 0..1, sides divisible by the largest stride, to raw heads.
 
-    ``strides`` are the heads' cell sizes in pixels, ``names`` maps class numbers to names, ``table`` is the layer table it was built from (with its number of classes).
+    ``strides`` are the heads' cell sizes in pixels, ``names`` maps class numbers to names, ``table`` is the layer table it was built from
+    (with its number of classes).
     """
 
     def __init__(self, table: Mapping[str, Any], names: Mapping[int, str] | None = None) -> None:
@@ -75,7 +76,8 @@ class YOLO(nn.Module):
     def decode(self, heads: list[Tensor]) -> Tensor:
         """Heads to predictions (B, N, 5 + num_classes), float32: x, y, w, h in pixels of the input, objectness and class scores in 0..1.
 
-        A centre reaches half a cell beyond its own cell, a side up to four times its anchor (YOLOv5; cf. Redmon & Farhadi 2018, YOLOv3, section 2.1).
+        A centre reaches half a cell beyond its own cell, a side up to four times its anchor (YOLOv5; cf. Redmon & Farhadi 2018, YOLOv3,
+        section 2.1).
         """
         predictions = []
         for head, anchors, stride in zip(heads, self.anchors, self.strides, strict=True):
@@ -99,10 +101,11 @@ class YOLO(nn.Module):
         return tuple(side // head.shape[2] for head in heads)
 
     def _init_biases(self) -> None:
-        # Starts the scores near the rate of objects: about 8 in a 640 px image, classes equally likely (Lin et al. 2017, Focal Loss, section 3.3).
+        # Scores start near the rate of objects, about 8 in a 640 px image, with classes equally likely (Lin et al. 2017, Focal Loss, section
+        # 3.3): else the empty cells, nearly all, would swamp the first steps.
         with torch.no_grad():
             for conv, stride in zip(self.detect.m, self.strides, strict=True):
-                bias = conv.bias.view(self.detect.num_anchors, -1)  # (num_anchors, 5 + num_classes)
+                bias = conv.get_parameter("bias").view(self.detect.num_anchors, -1)  # (num_anchors, 5 + num_classes)
                 bias[:, 4] += math.log(8 / (640 / stride) ** 2)
                 bias[:, 5:] += math.log(0.6 / (self.num_classes - 0.99999))
 
@@ -142,7 +145,7 @@ def fuse_conv_bn(model: YOLO) -> YOLO:
     """A copy for inference, in eval mode, with every BatchNorm that follows a convolution folded into it."""
     fused = copy.deepcopy(model).eval()
     for module in fused.modules():
-        if isinstance(module, Conv) and not isinstance(module.bn, nn.Identity):
+        if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
             module.conv = fuse_conv_bn_eval(module.conv, module.bn)
             module.bn = nn.Identity()
     return fused.requires_grad_(False)
@@ -167,7 +170,7 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 def _build_layers(table: dict[str, Any]) -> tuple[list[nn.Module], list[list[int]]]:
     """The table's layers, and for each the layers it reads from (-1: the image)."""
-    anchors, nc = _checked_anchors(table["anchors"]), table["nc"]
+    anchors = _checked_anchors(table["anchors"])
     layers: list[nn.Module] = []
     sources: list[list[int]] = []
     channels = {-1: IMAGE_CHANNELS}
@@ -176,16 +179,15 @@ def _build_layers(table: dict[str, Any]) -> tuple[list[nn.Module], list[list[int
         if not isinstance(row, list) or len(row) != 4:
             raise InputError(f"{where}: {row!r} is not [from, repeats, block, arguments]")
         origin, repeats, name, args = row
-        if name not in BLOCKS:
+        if not isinstance(name, str) or name not in BLOCKS:
             raise InputError(f"{where}: unknown block {name!r}, known are {', '.join(BLOCKS)}")
-        origins = origin if isinstance(origin, list) else [origin]
-        inputs = [index + number if number < 0 else number for number in origins]
-        if any(number not in channels for number in inputs):
-            raise InputError(f"{where}: from {origin!r} does not name an earlier layer")
-        repeats = max(round(repeats * table.get("depth_multiple", 1.0)), 1) if repeats > 1 else 1
-        args = [_WORDS.get(arg, arg) if isinstance(arg, str) else arg for arg in args]
         try:
-            layer, channels[index] = _build_layer(BLOCKS[name], [channels[i] for i in inputs], repeats, args, table, nc, len(anchors[0]) // 2)
+            inputs = [index + number if number < 0 else number for number in (origin if isinstance(origin, list) else [origin])]
+            repeats = max(round(repeats * table.get("depth_multiple", 1.0)), 1) if repeats > 1 else 1
+            args = [_WORDS.get(arg, arg) if isinstance(arg, str) else arg for arg in args]
+            layer, channels[index] = _build_layer(BLOCKS[name], [channels[i] for i in inputs], repeats, args, table, len(anchors[0]) // 2)
+        except KeyError as error:
+            raise InputError(f"{where}: from {origin!r} does not name an earlier layer") from error
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise InputError(f"{where}: {name} cannot be built from {args!r} ({_one_line(error)})") from error
         layers.append(layer)
@@ -198,11 +200,11 @@ def _build_layers(table: dict[str, Any]) -> tuple[list[nn.Module], list[list[int
 
 
 def _build_layer(
-    block: type[nn.Module], inputs: list[int], repeats: int, args: list[Any], table: dict[str, Any], nc: int, num_anchors: int
+    block: type[nn.Module], inputs: list[int], repeats: int, args: list[Any], table: dict[str, Any], num_anchors: int
 ) -> tuple[nn.Module, int]:
     """One layer and its number of output channels."""
     if block is Detect:
-        return Detect(inputs, nc, num_anchors), 0
+        return Detect(inputs, table["nc"], num_anchors), 0
     if block is Concat:
         return Concat(*args), sum(inputs)
     if block in _UNSCALED:
@@ -217,7 +219,9 @@ def _build_layer(
 def _checked_anchors(anchors: Any) -> list[list[float]]:
     rows = anchors if isinstance(anchors, list) else []
     if not rows or any(not isinstance(row, list) or not row or len(row) % 2 or len(row) != len(rows[0]) for row in rows):
-        raise InputError(f"model table: anchors are {anchors!r}, needed is a list of width, height, width, height ... in pixels for each layer")
+        raise InputError(
+            f"model table: anchors are {anchors!r}, needed are lists of width, height, width, height ... in pixels, one a layer"
+        )
     return rows
 
 
