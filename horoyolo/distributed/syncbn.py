@@ -29,7 +29,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         mean, var, count = global_statistics(x, self._comm, f"{self._name}.forward")
         self._update_running_statistics(mean, var, count)
-        return _Normalise.apply(x, self.weight, self.bias, mean.float(), var.float(), count, self.eps, self._comm, f"{self._name}.backward")
+        mean, var = mean.to(self.weight.dtype), var.to(self.weight.dtype)
+        return _Normalise.apply(x, self.weight, self.bias, mean, var, count, self.eps, self._comm, f"{self._name}.backward")
 
     def _update_running_statistics(self, mean: Tensor, var: Tensor, count: float) -> None:
         assert self.running_mean is not None  # all four: see _converted
@@ -88,8 +89,8 @@ def global_statistics(x: Tensor, comm: Comm, name: str) -> tuple[Tensor, Tensor,
     count = x.numel() // num_channels
     sums = torch.zeros(2 * num_channels + 1, dtype=torch.float64, device=x.device)
     if count:
-        # float32 buffers make the kernel accumulate and answer in float32 for bfloat16 input too; momentum 0 leaves them alone.
-        unused = torch.zeros(2, num_channels, device=x.device)
+        # Wide buffers make the kernel accumulate and answer in float32 for bfloat16 input too; momentum 0 leaves them alone.
+        unused = torch.zeros(2, num_channels, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         mean, var = (moment.double() for moment in torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0))
         sums[0] = count
         sums[1 : num_channels + 1] = mean * count
@@ -130,7 +131,7 @@ class _Normalise(torch.autograd.Function):
             mean_dy, mean_dy_x_hat = sums / ctx.count
             slope = -weight.double() * inv_std.square() * mean_dy_x_hat
             offset = -weight.double() * inv_std * mean_dy - slope * mean.double()
-            dx += _affine(x, slope.float(), offset.float())
+            dx += _affine(x, slope.to(weight.dtype), offset.to(weight.dtype))
         return dx, dweight, dbias, None, None, None, None, None, None
 
 

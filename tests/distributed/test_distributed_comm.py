@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+
+from horoyolo.config import InputError
+from horoyolo.distributed.comm import LocalComm, broadcast_tensors, num_workers, open_comm
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, 1),
+        ({"HOROVOD_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "2"}, 4),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 2),
+        ({"PMI_SIZE": "3"}, 3),
+        ({"SLURM_NTASKS": "8"}, 1),  # a batch script: one process, whatever the job's size
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, 8),
+    ],
+)
+def test_number_of_workers_comes_from_the_launcher(env, expected):
+    assert num_workers(env) == expected
+
+
+def test_a_number_of_workers_that_is_none_is_the_users_error():
+    with pytest.raises(InputError, match="HOROVOD_SIZE='two'"):
+        num_workers({"HOROVOD_SIZE": "two"})
+
+
+def test_one_worker_needs_no_horovod(monkeypatch):
+    for variable in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setitem(sys.modules, "horovod.torch", None)
+    assert isinstance(open_comm(), LocalComm)
+
+
+def test_several_workers_without_horovod_say_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "horovod.torch", None)
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    with pytest.raises(InputError, match=r"2 workers.*scripts/setup\.sh"):
+        open_comm()
+
+
+def test_local_comm_obeys_the_contract_with_one_worker():
+    comm = LocalComm()
+    assert (comm.rank(), comm.size(), comm.local_rank(), comm.local_size()) == (0, 1, 0, 1)
+    tensor = torch.arange(6.0).view(3, 2)
+    assert comm.allreduce(tensor) is tensor
+    assert comm.allreduce(tensor, "max") is tensor
+    assert comm.broadcast(tensor) is tensor
+    gathered = comm.allgather(tensor)
+    assert torch.equal(gathered, tensor)
+    assert gathered is not tensor
+    rows, splits = comm.alltoall(tensor, [3])
+    assert torch.equal(rows, tensor)
+    assert splits == [3]
+    assert comm.broadcast_object({"a": 1}) == {"a": 1}
+    assert comm.allgather_object("x") == ["x"]
+    assert comm.group([0]).size() == 1
+    comm.barrier()
+    comm.close()
+
+
+def test_wrong_calls_fail_with_one_worker_too():
+    comm = LocalComm()
+    with pytest.raises(TypeError, match="bfloat16"):
+        comm.allreduce(torch.zeros(2, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="alltoall of 3 rows"):
+        comm.alltoall(torch.zeros(3), [2])
+    with pytest.raises(ValueError, match=r"only \[0\] exists"):
+        comm.group([0, 1])
+
+
+def test_broadcast_tensors_leaves_values_and_layout_of_the_only_worker_alone():
+    tensors = [torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.tensor(7), torch.randn(5, requires_grad=True)]
+    before = [tensor.detach().clone() for tensor in tensors]
+    broadcast_tensors(tensors, LocalComm())
+    assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
+    assert tensors[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_copied_model_keeps_its_comm():
+    comm = LocalComm()
+    assert copy.deepcopy({"comm": comm})["comm"] is comm

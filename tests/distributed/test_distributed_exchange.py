@@ -1,0 +1,147 @@
+"""Buckets and the exchange with one worker; several workers are in test_distributed_workers.py."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from horoyolo.compression.dense import Dense
+from horoyolo.distributed.buckets import build_buckets
+from horoyolo.distributed.comm import LocalComm
+from horoyolo.distributed.exchange import Exchange
+
+
+def build_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.SiLU(), nn.Conv2d(8, 2, 1))
+
+
+class RecordingCompressor(Dense):
+    """Dense, and a list of the buckets in the order they left."""
+
+    def __init__(self):
+        self.started = []
+
+    def start(self, bucket, comm):
+        self.started.append(bucket.name)
+        return super().start(bucket, comm)
+
+
+def backward(model: nn.Module) -> None:
+    model(torch.ones(1, 3, 6, 6)).square().sum().backward()
+
+
+def build_exchange(model: nn.Module, overlap: bool = True) -> Exchange:
+    return Exchange(model.named_parameters(), RecordingCompressor(), LocalComm(), bucket_mb=0.001, overlap=overlap)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 6), max_size=4), max_size=12),
+    frozen=st.sets(st.integers(0, 11)),
+    bucket_mb=st.floats(1e-6, 1e-3),
+)
+def test_buckets_hold_each_trainable_parameter_once_in_reverse_order_and_within_their_size(shapes, frozen, bucket_mb):
+    params = [(f"p{index}", nn.Parameter(torch.randn(shape), requires_grad=index not in frozen)) for index, shape in enumerate(shapes)]
+    buckets = build_buckets(params, bucket_mb)
+    assert [name for bucket in buckets for name, _ in bucket.params] == [name for name, param in reversed(params) if param.requires_grad]
+    assert [bucket.name for bucket in buckets] == [f"bucket.{index}" for index in range(len(buckets))]
+    for bucket in buckets:
+        assert len(bucket.params) == 1 or bucket.flat.numel() * 4 <= bucket_mb * 1e6
+        # Each number of the buffer belongs to one gradient: what is written through the gradients adds up to what is in the buffer.
+        for (_, param), grad in zip(bucket.params, bucket.grads, strict=True):
+            assert grad.shape == param.shape
+            assert grad.stride() == param.stride()
+            grad += 1
+        assert (bucket.flat == 1).all()
+        assert bucket.flat.numel() == sum(grad.numel() for grad in bucket.grads)
+
+
+def test_gradients_of_a_channels_last_model_lie_as_its_parameters_do():
+    model = build_model().to(memory_format=torch.channels_last)
+    (bucket,) = build_buckets(model.named_parameters(), 1.0)
+    strides = {name: grad.stride() for (name, _), grad in zip(bucket.params, bucket.grads, strict=True)}
+    assert strides["0.weight"] == model[0].weight.stride() == (27, 1, 9, 3)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_one_worker_gets_the_gradients_of_plain_autograd_and_sends_nothing(overlap):
+    model = build_model()
+    reference = copy.deepcopy(model)
+    exchange = build_exchange(model, overlap)
+    for _ in range(2):  # the second update starts from cleared gradients
+        exchange.zero_grad()
+        backward(model)
+        exchange.arm()
+        backward(model)
+        stats = exchange.finish()
+    backward(reference)
+    backward(reference)
+    for param, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(param.grad, expected.grad)
+    assert stats.wire_bytes == 0
+    assert stats.wait_s >= 0
+
+
+def test_buckets_leave_while_backward_runs_only_when_armed_and_overlapped():
+    for overlap, left_in_backward in ((True, True), (False, False)):
+        model = build_model()
+        exchange = build_exchange(model, overlap)
+        names = [bucket.name for bucket in exchange.buckets]
+        assert len(names) > 2
+        backward(model)
+        assert exchange._compressor.started == []
+        exchange.arm()
+        backward(model)
+        assert sorted(exchange._compressor.started) == (names if left_in_backward else [])
+        exchange.finish()
+        assert sorted(exchange._compressor.started) == names  # each once
+
+
+def test_a_worker_without_images_takes_part_with_zeros():
+    exchange = build_exchange(build_model())
+    exchange.arm()
+    exchange.finish()
+    assert exchange._compressor.started == [bucket.name for bucket in exchange.buckets]
+    assert all((bucket.flat == 0).all() for bucket in exchange.buckets)
+
+
+def test_misuse_is_named():
+    model = build_model()
+    exchange = build_exchange(model)
+    with pytest.raises(RuntimeError, match="without arm"):
+        exchange.finish()
+    exchange.arm()
+    with pytest.raises(RuntimeError, match="armed twice"):
+        exchange.arm()
+    backward(model)
+    with pytest.raises(RuntimeError, match=r"gradient of 4\.\w+ came twice"):
+        backward(model)
+
+
+def test_a_replaced_gradient_is_named():
+    model = build_model()
+    exchange = build_exchange(model)
+    model.zero_grad(set_to_none=True)
+    with pytest.raises(RuntimeError, match=r"left its bucket: use Exchange\.zero_grad"):
+        backward(model)
+    model = build_model()
+    exchange = build_exchange(model)
+    model[0].weight.grad = None
+    exchange.arm()
+    with pytest.raises(RuntimeError, match=r"gradient of 0\.weight left its bucket"):
+        exchange.finish()
+
+
+def test_a_closed_exchange_leaves_the_model_alone():
+    model = build_model()
+    exchange = build_exchange(model)
+    exchange.close()
+    exchange.arm()
+    backward(model)
+    assert exchange._compressor.started == []
