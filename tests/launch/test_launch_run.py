@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from horoyolo.config import InputError
+from horoyolo.launch.command import Job
+from horoyolo.launch.hosts import local_hosts
+from horoyolo.launch.run import run_job
+from horoyolo.launch.status import job_status
+
+STUB = str(Path(__file__).with_name("stub_worker.py"))
+LAUNCH = """
+import sys
+from horoyolo.launch.command import Job
+from horoyolo.launch.hosts import local_hosts
+from horoyolo.launch.run import run_job
+plan, num_workers, launcher, out, stub = sys.argv[1:]
+job = Job(int(num_workers), (sys.executable, stub, plan, out), env={"OMP_NUM_THREADS": "1"}, as_root=True)
+sys.exit(run_job(job, local_hosts(int(num_workers)), launcher))
+"""
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [([0, 0], 0), ([0, 75], 75), ([75, 1], 1), ([1, 2, 75, 0], 2), ([0, -9], 1), ([75, 143], 1), ([3], 1)],
+)
+def test_one_status_for_a_job(statuses, expected):
+    assert job_status(statuses) == expected
+
+
+def test_unknown_launcher_lists_the_known_ones():
+    with pytest.raises(InputError, match=r"'ssh'.*known are horovodrun, mpirun"):
+        run_job(Job(2, ("true",)), local_hosts(2), "ssh")
+
+
+def test_missing_launcher_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(InputError, match=r"mpirun is not installed.*scripts/setup\.sh"):
+        run_job(Job(2, ("true",)), local_hosts(2), "mpirun")
+
+
+@pytest.mark.parametrize(("plan", "expected"), [("done", 0), ("fail", 2), ("die", 1)])
+def test_status_of_one_worker(plan, expected, tmp_path):
+    job = Job(1, (sys.executable, STUB, plan, str(tmp_path)), env={"OMP_NUM_THREADS": "2"})
+    assert run_job(job, local_hosts(1)) == expected
+    assert (tmp_path / "started.0").read_text().split()[1] == "2"
+
+
+def test_status_of_a_worker_that_reports_nothing():
+    assert run_job(Job(1, (sys.executable, "-c", "raise SystemExit(2)")), local_hosts(1)) == 2
+
+
+@pytest.fixture
+def start_job(tmp_path):
+    """``start_job(plan, num_workers, launcher)`` starts a launcher in a process of its own; whatever is left of its workers is killed."""
+    processes = []
+
+    def start(plan: str, num_workers: int, launcher: str = "horovodrun") -> subprocess.Popen:
+        if num_workers > 1:
+            pytest.importorskip("horovod", reason="Horovod is not installed (scripts/setup.sh builds it)")
+        argv = [sys.executable, "-c", LAUNCH, plan, str(num_workers), launcher, str(tmp_path), STUB]
+        processes.append(subprocess.Popen(argv))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+    for pid in worker_pids(tmp_path):
+        if is_running(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def worker_pids(folder: Path) -> list[int]:
+    return [int(path.read_text().split()[0]) for path in folder.glob("started.*")]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return STUB.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def wait_until(condition, timeout_s: float = 30) -> None:
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def test_bad_input_met_by_one_of_two_workers_is_the_jobs_status(start_job, tmp_path):
+    assert start_job("fail", 2).wait(40) == 2
+    assert not any(is_running(pid) for pid in worker_pids(tmp_path))
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
+def test_a_request_to_stop_reaches_all_workers_and_leaves_them_time(launcher, start_job, tmp_path):
+    process = start_job("stop", 2, launcher)
+    wait_until(lambda: len(list(tmp_path.glob("ready.*"))) == 2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)  # too soon to be meant
+    assert process.wait(40) == 75
+    assert len(list(tmp_path.glob("stopped.*"))) == 2
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_second_request_ends_workers_that_do_not_listen(num_workers, start_job, tmp_path):
+    process = start_job("ignore", num_workers)
+    wait_until(lambda: len(list(tmp_path.glob("ready.*"))) == num_workers)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(40) == 1
+    assert not any(is_running(pid) for pid in worker_pids(tmp_path))
+
+
+def test_a_request_before_the_workers_are_ready_ends_them(start_job, tmp_path):
+    process = start_job("work", 2)
+    wait_until(lambda: len(worker_pids(tmp_path)) == 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(40) == 1
+    assert not any(is_running(pid) for pid in worker_pids(tmp_path))
+
+
+def test_workers_end_when_the_launcher_is_killed(start_job, tmp_path):
+    process = start_job("work", 2)
+    wait_until(lambda: len(worker_pids(tmp_path)) == 2)
+    process.kill()
+    wait_until(lambda: not any(is_running(pid) for pid in worker_pids(tmp_path)))
