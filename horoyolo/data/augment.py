@@ -187,22 +187,41 @@ def _seen_rectangle(matrix: np.ndarray, hw: tuple[int, int], size: int) -> tuple
         return None
     if matrix[2, 0] or matrix[2, 1]:
         return 0, 0, size, size
-    height, width = hw
-    corners = matrix[:2] @ np.array([[0, width, 0, width], [0, 0, height, height], [1, 1, 1, 1]])  # (2, 4)
-    x0, y0 = np.floor(corners.min(axis=1)).clip(0, size).astype(int)
-    x1, y1 = np.ceil(corners.max(axis=1)).clip(0, size).astype(int)
+    low, high = _bounds(matrix, hw)
+    x0, y0 = np.floor(low).clip(0, size).astype(int)
+    x1, y1 = np.ceil(high).clip(0, size).astype(int)
     return (int(x0), int(y0), int(x1), int(y1)) if x0 < x1 and y0 < y1 else None
 
 
 def _draw(out: np.ndarray, image: Image, matrix: np.ndarray, seen: tuple[int, int, int, int]) -> None:
     """Warp an image (h, w, 3) into its rectangle of the output (size, size, 4), in place; what it doesn't cover stays."""
     x0, y0, x1, y1 = seen
+    left, top, right, bottom = _needed(np.linalg.inv(matrix) @ _shift(x0, y0), (y1 - y0, x1 - x0), image.shape[:2])
+    if left >= right or top >= bottom:  # a turned tile passes by its own rectangle's part of the output
+        return
     # Coordinates are continuous here and pixel centres lie at halves; OpenCV counts from the centre of the first pixel.
-    matrix = _shift(-0.5 - x0, -0.5 - y0) @ matrix @ _shift(0.5, 0.5)
+    matrix = _shift(-0.5 - x0, -0.5 - y0) @ matrix @ _shift(left + 0.5, top + 0.5)
     target = out[y0:y1, x0:x1]
-    source = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
+    source = cv2.cvtColor(image[top:bottom, left:right], cv2.COLOR_RGB2RGBA)
     hw = (x1 - x0, y1 - y0)
     if matrix[2, 0] or matrix[2, 1]:
         cv2.warpPerspective(source, matrix, hw, dst=target, borderMode=cv2.BORDER_TRANSPARENT)
     else:
         cv2.warpAffine(source, matrix[:2], hw, dst=target, borderMode=cv2.BORDER_TRANSPARENT)
+
+
+def _needed(to_image: np.ndarray, seen_hw: tuple[int, int], hw: tuple[int, int]) -> tuple[int, int, int, int]:
+    """x0, y0, x1, y1 of the pixels of an image that a part of the output is interpolated from: no others need be touched."""
+    if to_image[2, 0] or to_image[2, 1]:
+        return 0, 0, hw[1], hw[0]
+    low, high = _bounds(to_image, seen_hw)
+    x0, y0 = (int(value) for value in np.floor(low - 2).clip(0, hw[::-1]))
+    x1, y1 = (int(value) for value in np.ceil(high + 2).clip(0, hw[::-1]))
+    return x0, y0, x1, y1
+
+
+def _bounds(affine: np.ndarray, hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest (x, y) of a rectangle under an affine transformation."""
+    height, width = hw
+    corners = affine[:2] @ np.array([[0, width, 0, width], [0, 0, height, height], [1, 1, 1, 1]])  # (2, 4)
+    return corners.min(axis=1), corners.max(axis=1)

@@ -66,9 +66,7 @@ class EvalBatch:
         return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
 
 
-def build_train_loader(
-    dataset: TrainDataset, sampler: Sampler, comm: Place, num_workers: int, pin_memory: bool = False
-) -> DataLoader[Any]:
+def build_train_loader(dataset: TrainDataset, sampler: Sampler, comm: Place, num_workers: int, pin_memory: bool = False) -> DataLoader[Any]:
     """A loader whose every iteration gives this worker's `Batch` of each global batch from the sampler's state to the end of its epoch.
 
     Build it once: its processes live on from epoch to epoch. Rank and size are asked for at each iteration.
