@@ -87,7 +87,7 @@ def bbox_iou(a_xywh: Tensor, b_xywh: Tensor, kind: str = "ciou", eps: float = 1e
     angle_b = torch.atan(b_xywh[:, 2] / (b_xywh[:, 3] + eps))
     aspect = 4 / math.pi**2 * (angle_b - angle_a) ** 2
     with torch.no_grad():
-        weight = aspect / (aspect - iou + (1 + eps))
+        weight = aspect / (aspect - iou + (1 + eps)).clamp(min=eps)  # rounding can put the IoU of like boxes above 1
     return diou - weight * aspect
 
 
@@ -139,7 +139,10 @@ def _suppress_image(
         confidences, labels = scores.max(1)
         rows = (confidences > conf_threshold).nonzero()[:, 0]
         confidences, labels = confidences[rows], labels[rows]
-    order = confidences.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
+    if len(confidences) > MAX_CANDIDATES:
+        best = confidences.topk(MAX_CANDIDATES, sorted=False).indices
+        rows, labels, confidences = rows[best], labels[best], confidences[best]
+    order = confidences.argsort(descending=True, stable=True)
     rows, labels, confidences = rows[order], labels[order], confidences[order]
     boxes_xyxy = xywh_to_xyxy(predictions[rows, :4])
     kept = greedy_nms(boxes_xyxy, None if class_agnostic else labels, iou_threshold, max_detections)

@@ -183,7 +183,7 @@ def _module_records(module: _StandIn) -> Iterator[tuple[str, _TensorRecord]]:
                 yield prefix + name, record
         modules = state.get("_modules")
         if isinstance(modules, dict):
-            pending += [(f"{prefix}{name}.", child) for name, child in modules.items()]
+            pending += [(f"{prefix}{name}.", child) for name, child in reversed(modules.items())]
 
 
 def _records(mapping: Any) -> dict[str, _TensorRecord]:

@@ -101,8 +101,8 @@ class YOLO(nn.Module):
         return tuple(side // head.shape[2] for head in heads)
 
     def _init_biases(self) -> None:
-        # Scores start near the rate of objects, about 8 in a 640 px image, with classes equally likely (Lin et al. 2017, Focal Loss, section
-        # 3.3): else the empty cells, nearly all, would swamp the first steps.
+        # Scores start near the rate of objects, about 8 in a 640 px image, and equal for all classes: else the empty cells, nearly all
+        # of them, would rule the first steps (Lin et al. 2017, Focal Loss, section 3.3).
         with torch.no_grad():
             for conv, stride in zip(self.detect.m, self.strides, strict=True):
                 bias = conv.get_parameter("bias").view(self.detect.num_anchors, -1)  # (num_anchors, 5 + num_classes)
@@ -226,11 +226,11 @@ def _checked_anchors(anchors: Any) -> list[list[float]]:
 
 
 def _anchors_in_cells(anchors: list[list[float]], strides: tuple[int, ...]) -> Tensor:
-    pixels = torch.tensor(anchors, dtype=torch.float32).view(len(anchors), -1, 2)
-    area = pixels.prod(-1).mean(-1)
     # Some tables list the anchors from the largest layer down while the strides go up.
-    if (area[-1] - area[0]) * (strides[-1] - strides[0]) < 0:
-        pixels = pixels.flip(0)
+    descending = sum(anchors[-1]) < sum(anchors[0])
+    if descending != (strides[-1] < strides[0]):
+        anchors = anchors[::-1]
+    pixels = torch.tensor(anchors, dtype=torch.float32).view(len(anchors), -1, 2)
     return pixels / torch.tensor(strides).view(-1, 1, 1)
 
 
