@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from horoyolo.files import atomic_file
 
 FORMAT = "horoyolo label scan 1"  # change it with what a scan finds or how it is stored
 
@@ -52,20 +53,14 @@ def load(folders: list[Path], split: str, key: str) -> dict[str, np.ndarray] | N
 def save(folders: list[Path], split: str, key: str, arrays: dict[str, np.ndarray]) -> Path | None:
     """Keep arrays in the first folder that can be written to; none of them may: then nothing is kept, and the next job scans again."""
     for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
-        except OSError:
-            continue
         file = _file(folder, split, key)
         try:
-            with os.fdopen(descriptor, "wb") as stream:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(file) as stream:
                 np.savez(stream, key=np.array(key), **arrays)  # type: ignore[arg-type]
-            os.chmod(temporary, 0o644)  # others may train on the same data
-            os.replace(temporary, file)
             return file
-        except OSError:  # a full disk, say
-            Path(temporary).unlink(missing_ok=True)
+        except OSError:  # read-only, say, or full
+            continue
     return None
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ import yaml
 from horoyolo.config import InputError
 from horoyolo.data.decode import DecodeError, image_hw
 from horoyolo.data.labels import label_path
+from horoyolo.files import atomic_folder
 
 PixelBox = tuple[int, float, float, float, float]  # class, x1, y1, x2, y2
 
@@ -98,17 +97,14 @@ class FolderWriter:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, moved to `out` at the end and removed if anything goes wrong. Raises InputError where `out` exists."""
+    """A folder to fill, moved to `out` at the end and removed if anything goes wrong. Raises InputError where `out` exists or can't be."""
     if out.exists() or out.is_symlink():
         raise InputError(f"{out} exists; choose a folder that doesn't")
-    temporary = out.parent / f".{out.name}-{uuid.uuid4().hex[:8]}"
     try:
-        temporary.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{out} can't be written: {error.strerror}; choose another folder") from None
-    try:
-        yield temporary
-        os.rename(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        raise InputError(f"{out} can't be made: {error.strerror}; choose another folder") from None
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"{out} can't be made: {out.parent} can't be written to; choose another folder")
+    with atomic_folder(out) as folder:
+        yield folder

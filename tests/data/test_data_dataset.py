@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +156,52 @@ def test_loader_processes_change_nothing_and_follow_the_sampler(split: Split) ->
     stopped = iter(there)
     next(stopped)  # an epoch that is left early leaves nothing behind for the next
     assert torch.equal(next(iter(there)).images, expected[0].images)
+
+
+PROGRAM = """
+import multiprocessing, os, sys, time
+from horoyolo.config import Hyper
+from horoyolo.data.dataset import TrainDataset
+from horoyolo.data.loader import build_train_loader
+from horoyolo.data.sampler import Sampler
+from horoyolo.data.scan import scan_split
+from horoyolo.data.spec import load_data_spec
+
+class Alone:
+    rank = lambda self: 0
+    size = lambda self: 1
+
+if __name__ == "__main__":
+    split = scan_split(load_data_spec(sys.argv[1]), "train")
+    loader = build_train_loader(TrainDataset(split, 64, Hyper(), 0), Sampler(len(split), 2, 0), Alone(), 2)
+    batches = iter(loader)
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    time.sleep(60)
+"""
+
+
+def test_loader_processes_do_not_outlive_a_killed_training_process(split: Split, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py"), str(split.root / "data.yaml")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ) as program:
+        assert program.stdout is not None
+        children = [int(word) for word in program.stdout.readline().split()]
+        program.kill()
+    assert len(children) == 2
+    deadline = time.monotonic() + 20
+    while any(is_running(child) for child in children):
+        assert time.monotonic() < deadline, "loader processes still run 20 s after their parent was killed"
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("size", [1, 3, 20])
