@@ -43,7 +43,7 @@ def _build_bucket(name: str, params: list[tuple[str, nn.Parameter]]) -> Bucket:
     grads = []
     offset = 0
     for _, param in params:
-        # Laid out as the parameter's memory is: backward adds to it and the optimizer reads it without reordering, channels_last included.
+        # Laid out as the parameter's memory is: autograd's gradient is copied in and the optimizer reads it without reordering.
         grads.append(flat.as_strided(param.shape, param.stride(), offset))
         offset += param.numel()
     return Bucket(name, flat, params, grads)

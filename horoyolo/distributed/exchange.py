@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,19 +36,17 @@ class ExchangeStats:
 
 
 class Exchange:
-    """Owns the gradients of a model and sums them over workers, once an update.
+    """Sums the gradients of a model over workers, once an update ::
 
-    Every ``p.grad`` is a view into a bucket and must stay that: clear gradients with ``zero_grad`` of this class, not of the optimizer. An
-    update is ::
-
-        exchange.zero_grad()
+        exchange.zero_grad()  # or that of the optimizer
         for images in micro_batches:
-            if last: exchange.arm()
+            if last:
+                exchange.arm()
             loss(images).backward()
-        stats = exchange.finish()  # now every p.grad holds the sum over workers
+        stats = exchange.finish()  # now every p.grad is the sum over workers, and a view into a bucket
 
     A bucket whose gradients are all there leaves at once when armed. What did not fill (unused parameters, a worker without images, which
-    arms and finishes without a backward) leaves in ``finish`` with what it holds, zeros where nothing was added.
+    arms and finishes without a backward) leaves in ``finish`` with what it holds, zeros for gradients that never came.
 
     With ``overlap=False`` all buckets leave in ``finish``: better where the forward and backward passes have collectives of their own.
     """
@@ -68,16 +66,17 @@ class Exchange:
         self._armed = False
         self._missing: list[set[str]] = []  # names of the gradients that backward still owes, for each bucket
         self._pending: dict[int, Pending] = {}
-        self._hooks = []
-        for index, bucket in enumerate(self.buckets):
-            for (name, param), grad in zip(bucket.params, bucket.grads, strict=True):
-                param.grad = grad
-                self._hooks.append(param.register_post_accumulate_grad_hook(self._gradient_hook(index, name, grad)))
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(self._gradient_hook(index, name, grad))
+            for index, bucket in enumerate(self.buckets)
+            for (name, param), grad in zip(bucket.params, bucket.grads, strict=True)
+        ]
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero."""
+        """Forget all gradients: the first backward afterwards writes them into the buckets, later ones add to them there."""
         for bucket in self.buckets:
-            bucket.flat.zero_()
+            for _, param in bucket.params:
+                param.grad = None
 
     def arm(self) -> None:
         """The next backward is the last of this update: buckets may leave as they fill."""
@@ -89,15 +88,15 @@ class Exchange:
     def finish(self) -> ExchangeStats:
         """Send what has not left yet and wait for everything; afterwards every gradient is the sum over workers, the same bits on each.
 
-        Raises RuntimeError when the exchange was not armed or when somebody replaced a gradient.
+        Raises RuntimeError when the exchange was not armed.
         """
         if not self._armed:
             raise RuntimeError("finish() without arm(): the exchange would not know which gradients are complete")
         start_s = time.perf_counter()
         for index, bucket in enumerate(self.buckets):
             if index not in self._pending:
-                for (name, param), grad in zip(bucket.params, bucket.grads, strict=True):
-                    _check_owned(name, param, grad)
+                for (_, param), grad in zip(bucket.params, bucket.grads, strict=True):
+                    _place(param, grad)
                 self._start(index)
         wire_bytes = sum(self._pending[index].finish() for index in range(len(self.buckets)))
         self._pending.clear()
@@ -110,13 +109,13 @@ class Exchange:
             hook.remove()
         self._hooks.clear()
 
-    def _gradient_hook(self, index: int, name: str, grad: Tensor):
+    def _gradient_hook(self, index: int, name: str, grad: Tensor) -> Callable[[nn.Parameter], None]:
         def gradient_ready(param: nn.Parameter) -> None:
-            _check_owned(name, param, grad)
+            if index in self._pending:
+                raise RuntimeError(f"gradient of {name} came twice after arm(): arm before the last backward of an update only")
+            _place(param, grad)
             if not self._armed:
                 return
-            if name not in self._missing[index]:
-                raise RuntimeError(f"gradient of {name} came twice after arm(): arm before the last backward of an update only")
             self._missing[index].discard(name)
             if not self._missing[index] and self._overlap:
                 self._start(index)
@@ -127,6 +126,15 @@ class Exchange:
         self._pending[index] = self._compressor.start(self.buckets[index], self._comm)
 
 
-def _check_owned(name: str, param: nn.Parameter, grad: Tensor) -> None:
-    if param.grad is not grad:
-        raise RuntimeError(f"gradient of {name} left its bucket: use Exchange.zero_grad(), not zero_grad() of the model or optimizer")
+def _place(param: nn.Parameter, grad: Tensor) -> None:
+    """Make ``grad``, a view into a bucket, the parameter's gradient, with the values it had.
+
+    Copying once after backward is cheaper than zeroing the bucket before and having backward add to it.
+    """
+    if param.grad is grad:
+        return
+    if param.grad is None:
+        grad.zero_()
+    else:
+        grad.copy_(param.grad)
+    param.grad = grad
