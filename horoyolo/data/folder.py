@@ -13,6 +13,7 @@ import yaml
 from horoyolo.config import InputError
 from horoyolo.data.decode import DecodeError, image_hw
 from horoyolo.data.labels import label_path
+from horoyolo.data.scan import shorten
 from horoyolo.files import atomic_folder
 
 PixelBox = tuple[int, float, float, float, float]  # class, x1, y1, x2, y2
@@ -29,14 +30,14 @@ class FolderReport:
     skipped: list[str] = field(default_factory=list)  # what the source itself marks as not to be learned from: crowds, difficult objects
 
     def lines(self) -> list[str]:
-        """The report in words."""
+        """The report in words, with the first few names of each kind."""
         kinds = (
             ("boxes without area dropped", self.zero_area),
             ("corrupt images left out", self.corrupt_images),
             ("boxes marked crowd or difficult left out", self.skipped),
         )
         written = [f"{split}: {count} images, {self.boxes[split]} boxes" for split, count in self.images.items()]
-        return written + [f"{len(names)} {what}: {', '.join(names)}" for what, names in kinds if names]
+        return written + [f"{len(names)} {what}: {shorten(names)}" for what, names in kinds if names]
 
 
 class FolderWriter:
