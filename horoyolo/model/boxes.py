@@ -63,8 +63,10 @@ def box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
 
 
 def bbox_iou(a_xywh: Tensor, b_xywh: Tensor, kind: str = "ciou", eps: float = 1e-7) -> Tensor:
-    """Overlap of boxes row by row, (n, 4), (n, 4) to (n,): ``iou``, ``giou`` (Rezatofighi et al. 2019), ``diou`` or ``ciou`` (Zheng et
-    al. 2020, equations 7 to 11).
+    """Overlap of boxes row by row, (n, 4), (n, 4) to (n,), differentiable.
+
+    ``kind`` is ``iou``, ``giou`` (Rezatofighi et al. 2019, algorithm 1), ``diou`` or ``ciou`` (Zheng et al. 2020, Distance-IoU Loss,
+    equations 7 to 11).
     """
     a, b = xywh_to_xyxy(a_xywh), xywh_to_xyxy(b_xywh)
     a_low, a_high, b_low, b_high = a[:, :2], a[:, 2:], b[:, :2], b[:, 2:]

@@ -63,11 +63,12 @@ class DetectionLoss(nn.Module):
         self.anchor_t = anchor_t
         self.label_smoothing = label_smoothing
         self.fl_gamma = fl_gamma
-        self.balance = _BALANCE.get(len(anchors), _BALANCE_DEEP)
+        self.balance = _BALANCE.get(len(anchors), _BALANCE_DEEP)[: len(anchors)]
 
     def count_positives(self, targets: Tensor, grids_hw: Sequence[tuple[int, int]]) -> Tensor:
-        """Matches of each layer (num_layers,), float32, from labels (M, 6) and grid sizes alone: summed over workers, what `forward`
-        takes.
+        """Matches of each layer, (num_layers,) float32, from labels (M, 6) and grid sizes alone.
+
+        `forward` takes the sum of these over workers. Labels may lie on another device than the anchors.
         """
         layers = zip(self.anchors.to(targets.device), grids_hw, strict=True)
         counts = [len(match_targets(targets, anchors, grid_hw, self.anchor_t).image) for anchors, grid_hw in layers]
@@ -82,7 +83,8 @@ class DetectionLoss(nn.Module):
         three times ``global_batch``. Computed in float32 whatever the heads' type.
         """
         box_loss = obj_loss = cls_loss = heads[0].new_zeros((), dtype=torch.float32)
-        for head, anchors, positives, balance in zip(heads, self.anchors, positives_per_layer.clamp(min=1), self.balance):  # noqa: B905 (spare weights)
+        layers = zip(heads, self.anchors, positives_per_layer.clamp(min=1), self.balance, strict=True)
+        for head, anchors, positives, balance in layers:
             _, num_anchors, height, width, outputs = head.shape
             match = match_targets(targets, anchors, (height, width), self.anchor_t)
             # One row a cell and anchor, in the order of channels_last memory, where this is a view.

@@ -207,6 +207,8 @@ def _build_layer(
         return Detect(inputs, table["nc"], num_anchors), 0
     if block is Concat:
         return Concat(*args), sum(inputs)
+    if len(inputs) != 1:
+        raise ValueError(f"it reads one layer, not {len(inputs)}")
     if block in _UNSCALED:
         return block(*args), inputs[0]
     out_channels = math.ceil(args[0] * table.get("width_multiple", 1.0) / 8) * 8

@@ -38,7 +38,8 @@ def edited(**changes) -> dict:
     return {**TINY, **changes}
 
 
-def test_parameter_counts_are_the_public_ones(shared: Path) -> None:
+def test_parameter_counts_are_the_public_ones(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda *args, **kwargs: None)  # seconds of random numbers that no one reads
     golden = json.loads((shared / "golden" / "parameter_counts.json").read_text())
     for size, counts in golden.items():
         for classes, count in counts.items():
@@ -217,6 +218,7 @@ def test_num_classes_replaces_the_tables_own() -> None:
         (edited(backbone=[[-1, 1, ["Conv"], [8]]]), "unknown block"),
         (edited(backbone=[[-1, 1, "Conv"]]), "is not [from, repeats, block, arguments]"),
         (edited(backbone=[[5, 1, "Conv", [8]]]), "layer 0: from 5 does not name an earlier layer"),
+        (edited(head=[[[0, 1], 1, "Conv", [8]], *TINY["head"]]), "layer 3: Conv cannot be built from [8] (it reads one layer, not 2)"),
         (edited(backbone=[[-1, "many", "Conv", [8]]]), "layer 0: Conv cannot be built"),
         (edited(backbone=[[-1, 1, "Conv", ["wide"]]]), "layer 0: Conv cannot be built"),
         (edited(head=[[-1, 1, "Conv", [8]]]), "the last layer must be Detect"),
