@@ -87,7 +87,7 @@ TRAIN_FLAGS = (
     Flag(("--workers",), "workers", "loader processes of each worker; -1: what its cores allow"),
     Flag(("--seed",), "seed", "seed of everything random"),
     Flag(("--sync-bn",), "comms.sync_bn", "BatchNorm over the global batch", switch=True),
-    Flag(("--resume",), "resume", "go on: auto (this --name, if it is there), a run folder or a checkpoint; bare: the newest run", optional="newest"),
+    Flag(("--resume",), "resume", "auto (go on with --name if it is there), a run folder, a checkpoint; bare: newest run", optional="newest"),
     Flag(("--compression",), "comms.compression", "how gradients are compressed: none"),
     Flag(("--precision",), "precision", "fp32, bf16, fp16 (GPU) or auto"),
     Flag(("--optimizer",), "optim.optimizer", "sgd or adamw"),
@@ -207,7 +207,7 @@ def _describe_predict(parser: _Parser) -> None:
     parser.add_argument("--weights", required=True, metavar="PT")
     parser.add_argument("--source", required=True, metavar="FILE|DIR|GLOB")
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--img", "--imgsz", "--img-size", type=_positive, default=None, help="longest side in pixels; as trained where the file says it")
+    parser.add_argument("--img", "--imgsz", "--img-size", type=_positive, default=None, help="longest side in pixels; as trained where known")
     parser.add_argument("--conf", "--conf-thres", type=_fraction, default=0.25, help="least confidence of a box")
     parser.add_argument("--iou", "--iou-thres", type=_fraction, default=0.45, help="IoU above which the weaker box of a class goes")
     parser.add_argument("--device", default="")

@@ -83,22 +83,37 @@ def average_bn_buffers(model: nn.Module, comm: Comm) -> None:
 def global_statistics(x: Tensor, comm: Comm, name: str) -> tuple[Tensor, Tensor, float]:
     """Mean and biased variance of each channel over all workers' ``x`` (B, C, H, W), both (C,) float64, and how many values a channel has.
 
-    Each worker centres its own values first; only then are moments formed, in float64, so that their difference does not cancel.
+    They hardly depend on how the images are shared out over workers. That matters: a fresh detector is so sensitive that fused kernels, which add up
+    a channel of the whole share in one float32, change its first gradient by two per cent when the shares change.
     """
     num_channels = x.shape[1]
-    count = x.numel() // num_channels
-    sums = torch.zeros(2 * num_channels + 1, dtype=torch.float64, device=x.device)
-    if count:
-        # Wide buffers make the kernel accumulate and answer in float32 for bfloat16 input too; momentum 0 leaves them alone.
-        unused = torch.zeros(2, num_channels, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        mean, var = (moment.double() for moment in torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0))
-        sums[0] = count
-        sums[1 : num_channels + 1] = mean * count
-        sums[num_channels + 1 :] = (var + mean.square()) * count
+    pixels = x.shape[2] * x.shape[3]
+    wide = _wide(x)
+    # Each image is centred on its own mean first; the moments of all images are put together in float64, so that their difference does not cancel.
+    image_mean = wide.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
+    image_square = (wide - image_mean).square_().sum((2, 3)).double()
+    image_mean = image_mean.flatten(1).double()
+    sums = torch.cat(
+        [
+            torch.tensor([len(x) * pixels], dtype=torch.float64, device=x.device),
+            (image_mean * pixels).sum(0),
+            (image_square + image_mean.square() * pixels).sum(0),
+        ]
+    )
     comm.allreduce(sums, name=name)
-    global_count = float(sums[0])
-    mean, square = (sums[1:] / max(global_count, 1.0)).split(num_channels)
-    return mean, (square - mean.square()).clamp_(min=0.0), global_count
+    count = float(sums[0])
+    mean, square = (sums[1:] / max(count, 1.0)).split(num_channels)
+    return mean, (square - mean.square()).clamp_(min=0.0), count
+
+
+def _channel_sums(x: Tensor) -> Tensor:
+    """Sums (C,) float64 of (B, C, H, W), each image's own first: these have the same bits wherever the image is."""
+    return x.sum((2, 3)).double().sum(0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _Normalise(torch.autograd.Function):
@@ -110,33 +125,32 @@ class _Normalise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var)
         ctx.count, ctx.eps, ctx.comm, ctx.name = count, eps, comm, name
-        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps) if x.numel() else torch.empty_like(x)
+        inv_std = (var + eps).rsqrt()
+        return _affine(x, weight * inv_std, bias - weight * mean * inv_std)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
-        if x.numel():
-            # One fused pass: dx with the statistics held constant, and this worker's sums of dy * x_hat and dy.
-            dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-                grads[0], x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
-            )
-        else:
-            dx, dweight, dbias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
+        dy = grads[0]
+        inv_std = (var + ctx.eps).rsqrt()
+        dy_sum, dy_x_sum = _channel_sums(_wide(dy)), _channel_sums(_wide(dy) * _wide(x))
+        dweight, dbias = (dy_x_sum - mean * dy_sum) * inv_std, dy_sum  # this worker's part; the exchange sums it
 
-        sums = ctx.comm.allreduce(torch.stack([dbias, dweight]).double(), name=ctx.name)
-        if x.numel():
-            # The statistics' own part: dx -= weight * inv_std * (mean(dy) + x_hat * mean(dy * x_hat)), an affine function of x for each
-            # channel.
-            inv_std = (var.double() + ctx.eps).rsqrt()
-            mean_dy, mean_dy_x_hat = sums / ctx.count
-            slope = -weight.double() * inv_std.square() * mean_dy_x_hat
-            offset = -weight.double() * inv_std * mean_dy - slope * mean.double()
-            dx += _affine(x, slope.to(weight.dtype), offset.to(weight.dtype))
-        return dx, dweight, dbias, None, None, None, None, None, None
+        # The statistics depend on x: dx = weight * inv_std * (dy - mean(dy) - x_hat * mean(dy * x_hat)), an affine function of dy and x.
+        sums = ctx.comm.allreduce(torch.stack([dweight, dbias]), name=ctx.name)
+        mean_dy_x_hat, mean_dy = sums / max(ctx.count, 1.0)
+        gain = weight * inv_std
+        slope = -gain * inv_std * mean_dy_x_hat
+        dx = _affine(dy, gain, -gain * mean_dy - slope * mean)
+        dx += _affine(x, slope, torch.zeros_like(slope))
+        return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), None, None, None, None, None, None
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * scale + shift for each channel, in one pass and in the dtype of x: batch_norm does that for any layout and mixed dtypes."""
+    if not x.numel():
+        return torch.empty_like(x)
+    scale, shift = (factor.to(torch.promote_types(x.dtype, torch.float32)) for factor in (scale, shift))
     return F.batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, training=False, eps=0.0)
 
 

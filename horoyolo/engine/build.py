@@ -117,7 +117,7 @@ def build_model_for(config: Config, num_classes: int, names: dict[int, str]) -> 
 
 def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, model: YOLO, train_split: Split, val_split: Split) -> Training:
     """Places the parts in each other's reach, restores a resumed state, and gives all workers rank 0's weights."""
-    sync_bn = config.comms.sync_bn and comm.size() > 1
+    sync_bn = config.comms.sync_bn
     if sync_bn:
         convert_sync_bn(model, comm)
     model = model.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]

@@ -5,11 +5,8 @@ Every worker calls its hooks; ``build_hooks`` gives the recording ones to rank 0
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
-
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,120 @@
+"""The hooks of a run: figures to files, progress to the screen, pictures to ``plots/``."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from typing import Any
+
+from horoyolo.engine.build import Training
+from horoyolo.engine.hooks import EPOCH_COLUMNS, STEP_COLUMNS, EpochRecord, Hook, StepRecord
+from horoyolo.report.monitor import CsvWriter, Progress, TensorBoardWriter, Writer
+from horoyolo.report.plots import plot_batch, plot_curves
+
+log = logging.getLogger("horoyolo")
+
+PLOTTED_BATCHES = 3
+CURVES_EVERY_S = 60.0
+
+
+def build_hooks(job: Training) -> list[Hook]:
+    """What watches this worker: all of it on rank 0; every worker tells of files that it could not read."""
+    everywhere: list[Hook] = [TellUnreadable()]
+    if job.comm.rank() != 0:
+        return everywhere
+    return [*everywhere, RecordFigures(job), ShowProgress(job), DrawPlots(job)]
+
+
+class RecordFigures(Hook):
+    """steps.csv, results.csv and TensorBoard events; a resumed run goes on where its checkpoint stood."""
+
+    def __init__(self, job: Training) -> None:
+        folder, step = job.run.folder, job.progress.step
+        self._steps = CsvWriter(folder / "steps.csv", STEP_COLUMNS, step)
+        self._epochs = CsvWriter(folder / "results.csv", EPOCH_COLUMNS, step)
+        self._events = TensorBoardWriter(folder / "tensorboard", step)
+
+    def after_step(self, record: StepRecord, batch: Any) -> None:
+        figures = asdict(record)
+        self._steps.write(record.step, figures)
+        self._events.write(record.step, {f"step/{name}": figures[name] for name in ("loss", "lr", "data_s", "exchange_wait_s")})
+
+    def after_epoch(self, record: EpochRecord) -> None:
+        figures = asdict(record)
+        self._epochs.write(record.step, figures)
+        self._events.write(record.step, {f"epoch/{name}": value for name, value in figures.items()})
+
+    def after_train(self) -> None:
+        writers: tuple[Writer, ...] = (self._steps, self._epochs, self._events)
+        for writer in writers:
+            writer.close()
+
+
+class ShowProgress(Hook):
+    """A bar an epoch, and a line with the epoch's scores."""
+
+    def __init__(self, job: Training) -> None:
+        self._job = job
+        self._progress = Progress()
+        self._epoch = -1
+
+    def after_step(self, record: StepRecord, batch: Any) -> None:
+        if record.epoch != self._epoch:
+            self._epoch = record.epoch
+            consumed = self._job.sampler.consumed - record.images
+            self._progress.start(f"epoch {record.epoch + 1}/{self._job.config.epochs}", self._job.sampler.num_samples, consumed)
+        losses = f"box {record.box_loss:.4f} obj {record.obj_loss:.4f} cls {record.cls_loss:.4f}"
+        self._progress.advance(record.images, f"{losses}, waited {record.exchange_wait_s * 1e3:.0f} ms")
+
+    def after_epoch(self, record: EpochRecord) -> None:
+        self._progress.close()
+        scores = "" if record.map50 is None else f", mAP50 {record.map50:.3f}, mAP50-95 {record.map50_95:.3f}"
+        loss = record.train_box_loss + record.train_obj_loss + record.train_cls_loss
+        log.info("epoch %d/%d: loss %.4f%s, %.1f s", record.epoch + 1, self._job.config.epochs, loss, scores, record.seconds)
+
+    def after_train(self) -> None:
+        self._progress.close()
+
+
+class DrawPlots(Hook):
+    """The first batches with their boxes, and the curves so far from time to time. A picture that fails stops nothing."""
+
+    def __init__(self, job: Training) -> None:
+        self._job = job
+        self._batches = 0
+
+    def after_step(self, record: StepRecord, batch: Any) -> None:
+        if record.step > PLOTTED_BATCHES or not len(batch):
+            return
+        path = self._job.run.plots / f"train_batch{record.step - 1}.png"
+        self._draw(plot_batch, batch.images, batch.targets, self._job.model.names, path)
+
+    def after_epoch(self, record: EpochRecord) -> None:
+        if time.monotonic() - self._drawn_s >= CURVES_EVERY_S:
+            self._drawn_s = time.monotonic()
+            self._draw_curves()
+
+    def after_train(self) -> None:
+        self._draw_curves()
+
+    def _draw_curves(self) -> None:
+        self._draw(plot_curves, self._job.run.folder / "results.csv", self._job.run.plots)
+
+    def _draw(self, draw: Any, *args: Any) -> None:
+        try:
+            draw(*args)
+        except Exception:  # whatever it is, training matters more
+            log.warning("a plot could not be drawn", exc_info=True)
+
+
+class TellUnreadable(Hook):
+    """Names each file that could not be read while training, once. It was shown as grey, without boxes."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def after_step(self, record: StepRecord, batch: Any) -> None:
+        for file in set(batch.failed) - self._told:
+            self._told.add(file)
+            log.warning("%s can't be read any more: shown as grey, without boxes, from here on", file)

@@ -1,0 +1,147 @@
+"""Pictures of a run: curves over its epochs, and batches as the model sees them.
+
+They are extras: what goes wrong with one is logged, never raised.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from horoyolo.files import atomic_file
+from horoyolo.report.draw import draw_boxes
+
+log = logging.getLogger("horoyolo")
+
+LOSSES = {"box": "Boxes", "obj": "Objectness", "cls": "Classes"}
+METRICS = {"map50": "mAP at IoU 0.5", "map50_95": "mAP at IoU 0.5 to 0.95", "precision": "Precision", "recall": "Recall"}
+FEW_POINTS = 60  # up to here each epoch is marked, which also shows a curve of one point
+
+MAX_TILES = 16
+MAX_SIDE = 1920  # pixels
+WHITE = 255
+
+Columns = dict[str, np.ndarray]  # each (epochs,), NaN where nothing was measured
+
+
+def plot_curves(results_csv: Path, folder: Path) -> None:
+    """Draws ``losses.png``, ``map.png`` and ``lr.png`` into ``folder`` from the rows that are there; nothing while there are none."""
+    with _as_an_extra(f"curves of {results_csv}"):
+        columns = _read_columns(results_csv)
+        if columns:
+            folder.mkdir(parents=True, exist_ok=True)
+            _save(_loss_figure(columns), folder / "losses.png")
+            _save(_metric_figure(columns), folder / "map.png")
+            _save(_rate_figure(columns), folder / "lr.png")
+
+
+def plot_batch(images: Tensor, targets: Tensor, names: Mapping[int, str], path: Path) -> None:
+    """Draws up to 16 images (B, 3, S, S), uint8 RGB, side by side with their targets (M, 6): image index, class, box_xywhn."""
+    with _as_an_extra(f"batch in {path}"):
+        if not len(images):
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid = batch_grid(images, targets, names)
+        ok, png = cv2.imencode(".png", cv2.cvtColor(grid, cv2.COLOR_RGB2BGR))
+        assert ok
+        with atomic_file(path) as stream:
+            stream.write(png)
+
+
+def batch_grid(images: Tensor, targets: Tensor, names: Mapping[int, str]) -> np.ndarray:
+    """The picture that `plot_batch` saves, (height, width, 3) uint8 RGB, at most 1920 pixels a side."""
+    count = min(len(images), MAX_TILES)
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    gap = 2
+    side = min(images.shape[-1], MAX_SIDE // columns - gap)
+    grid = np.full((rows * (side + gap), columns * (side + gap), 3), WHITE, np.uint8)
+    for i in range(count):
+        pixels = images[i].permute(1, 2, 0).contiguous().cpu().numpy()  # (S, S, 3)
+        if side < pixels.shape[0]:
+            pixels = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA)
+        own = targets[targets[:, 0] == i].cpu().numpy()  # (m, 6)
+        classes = own[:, 1].astype(int).tolist()
+        centre, half = own[:, 2:4] * side, own[:, 4:6] * side / 2
+        captions = [names.get(class_id, str(class_id)) for class_id in classes]
+        y, x = (i // columns) * (side + gap), (i % columns) * (side + gap)
+        grid[y : y + side, x : x + side] = draw_boxes(pixels, np.hstack((centre - half, centre + half)), classes, captions)
+    return grid[: -gap or None, : -gap or None]
+
+
+@contextmanager
+def _as_an_extra(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a full disk or an odd font must not end hours of training
+        log.warning("no picture of the %s: %s: %s", what, type(error).__name__, error)
+
+
+def _read_columns(path: Path) -> Columns:
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return {name: np.array([_number(row[name]) for row in rows]) for name in rows[0]} if rows else {}
+
+
+def _number(text: str | None) -> float:
+    return float(text) if text else math.nan  # empty: not measured in this epoch
+
+
+def _loss_figure(columns: Columns) -> Figure:
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axes, (part, title) in zip(figure.subplots(1, len(LOSSES)), LOSSES.items(), strict=True):
+        _draw_curve(axes, columns, f"train_{part}_loss", "training")
+        _draw_curve(axes, columns, f"val_{part}_loss", "validation")
+        _label(axes, title, "loss per image")
+    return figure
+
+
+def _metric_figure(columns: Columns) -> Figure:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, label in METRICS.items():
+        _draw_curve(axes, columns, name, label)
+    axes.set_ylim(0, 1)
+    _label(axes, "Validation", "score")
+    return figure
+
+
+def _rate_figure(columns: Columns) -> Figure:
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    _draw_curve(axes, columns, "lr", "")
+    axes.set_ylim(bottom=0)
+    _label(axes, "Learning rate at the end of each epoch", "learning rate")
+    return figure
+
+
+def _draw_curve(axes, columns: Columns, name: str, label: str) -> None:
+    measured = np.isfinite(columns[name])
+    if measured.any():
+        style = ".-" if measured.sum() <= FEW_POINTS else "-"
+        axes.plot(columns["epoch"][measured], columns[name][measured], style, label=label, linewidth=1.5)
+
+
+def _label(axes, title: str, unit: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(framealpha=0.9)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_file(path) as stream:
+        figure.savefig(stream, format="png", dpi=120)
