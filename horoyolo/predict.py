@@ -41,9 +41,9 @@ def predict(
     """Finds objects in the images of ``source`` (a file, a folder or a pattern) and writes ``out/predictions.json`` and annotated copies.
 
     Images are scaled to ``img`` pixels on their longest side; None takes the size the weights were trained at, where their file says it.
-    Returns what predictions.json holds: an entry for each image, in order, with its boxes by falling confidence; an image that can't be read
-    has none, and its ``error``. Raises InputError, before anything is written, for a source without images, bad weights, or an ``out`` that
-    is no folder to write to or holds the source's images.
+    Returns what predictions.json holds: an entry for each image, in order, with its boxes by falling confidence; an image that can't be
+    read has none, and its ``error``. Raises InputError, before anything is written, for a source without images, bad weights, or an
+    ``out`` that is no folder to write to or holds the source's images.
     """
     start_logs(0, 1)
     images = find_images(source)
@@ -51,7 +51,7 @@ def predict(
     _check_out(Path(out), images)
     numerics = numerics_for(pick_device(device, 0), "fp32")
     model, meta = model_from_weights(weights)
-    model = fuse_conv_bn(model).to(numerics.device, memory_format=numerics.memory_format)
+    model = fuse_conv_bn(model).to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     size = img or meta.get("img") or DEFAULT_SIZE
     _make_folder(Path(out))
 
