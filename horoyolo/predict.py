@@ -8,7 +8,8 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,6 @@ def predict(
     """
     start_logs(0, 1)
     images = find_images(source)
-    targets = dict(zip(images, annotated_paths(images, Path(out)), strict=True))
     _check_out(Path(out), images)
     numerics = numerics_for(pick_device(device, 0), "fp32")
     model, meta = model_from_weights(weights)
@@ -56,7 +56,7 @@ def predict(
     _make_folder(Path(out))
 
     predictions = []
-    for path, target in targets.items():
+    for path, target in annotated_paths(images, Path(out)).items():
         entry: dict[str, Any] = {"image": str(path), "boxes": []}
         try:
             image = decode_image(path)
@@ -85,26 +85,24 @@ def find_images(source: str) -> list[Path]:
         candidates = [Path(match) for match in glob.glob(source, recursive=True)]
         if not candidates:
             raise InputError(f"--source {source}: no such file or folder, and no file matches it as a pattern")
-    images = sorted(file for file in candidates if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    images = sorted({file for file in candidates if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()})
     if not images:
         raise InputError(f"--source {source}: no images there; names ending in {', '.join(sorted(IMAGE_SUFFIXES))} are wanted")
     return images
 
 
-def annotated_paths(images: Iterable[Path], out: Path) -> list[Path]:
-    """A file in ``out`` for each image: its own name, with a number where images of several folders share it."""
-    images = list(images)
-    free = {image.name for image in images}
+def annotated_paths(images: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """A file in ``out`` for each image: the first of a name keeps it, others of that name (from other folders) get a number."""
+    own_names = {image.name for image in images}
     taken: set[str] = set()
-    paths = []
+    paths = {}
     for image in images:
-        # JPEG where OpenCV reads a format but doesn't write it.
-        suffix = image.suffix if cv2.haveImageWriter(image.name) else f"{image.suffix}.jpg"
-        name, number = image.stem + suffix, 2
-        while name in taken or (number > 2 and name in free):
-            name, number = f"{image.stem}-{number}{suffix}", number + 1
+        writable = image if cv2.haveImageWriter(image.name) else Path(f"{image.name}.jpg")  # OpenCV reads more formats than it writes
+        numbered = (f"{writable.stem}-{number}{writable.suffix}" for number in count(2))
+        candidates = chain([writable.name], numbered)
+        name = next(name for name in candidates if name not in taken and (name == image.name or name not in own_names))
         taken.add(name)
-        paths.append(out / name)
+        paths[image] = out / name
     return paths
 
 

@@ -163,7 +163,9 @@ def _build(dataset: Any, batches: Any, collate: Any, num_workers: int, pin_memor
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to handle; it ends its loaders
+    # A request to stop may reach a whole process group: it is the training process's to handle, which ends its loaders.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from horoyolo.compression.build import build_compressor
-from horoyolo.config import Config, InputError, Optim
+from horoyolo.config import Config, Optim
 from horoyolo.data.dataset import EvalDataset, TrainDataset
 from horoyolo.data.loader import build_eval_loader, build_train_loader, choose_num_workers
 from horoyolo.data.sampler import Sampler
@@ -29,7 +29,7 @@ from horoyolo.engine.state import Progress, TrainState
 from horoyolo.files import atomic_file
 from horoyolo.model.ema import EMA
 from horoyolo.model.loss import DetectionLoss, scale_gains
-from horoyolo.model.weights import load_matching, read_weights, save_weights
+from horoyolo.model.weights import load_matching, model_from_weights, read_weights, save_weights
 from horoyolo.model.yolo import YOLO, load_layer_table, model_from_table
 
 log = logging.getLogger("horoyolo")
@@ -45,7 +45,7 @@ class Training:
     run: Run
     model: YOLO
     loss: DetectionLoss
-    ema: EMA
+    ema: EMA[YOLO]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     exchange: Exchange
@@ -67,11 +67,11 @@ class Training:
         """Cells (height, width) of each layer's grid for training images."""
         return [(self.config.img // stride, self.config.img // stride) for stride in self.model.strides]
 
-    def evaluate(self, model: nn.Module) -> tuple[dict[str, Any], list[float]]:
+    def evaluate(self, model: YOLO) -> tuple[dict[str, Any], list[float]]:
         """Metrics and losses on the validation split, over all workers."""
         return evaluate(model, self.val_loader, self.val_split, self.numerics, self.comm, self.loss)
 
-    def save_weights(self, model: nn.Module, epoch: int, metrics: dict[str, Any] | None, is_best: bool) -> None:
+    def save_weights(self, model: YOLO, epoch: int, metrics: dict[str, Any] | None, is_best: bool) -> None:
         """Writes last.pt, best.pt and metrics.json on rank 0."""
         if self.comm.rank() != 0:
             return
@@ -99,16 +99,12 @@ class Training:
 def build_model_for(config: Config, num_classes: int, names: dict[int, str]) -> YOLO:
     """The model that ``--cfg`` and ``--weights`` ask for, on the CPU, initialised from the run's seed (InputError: unknown or unreadable)."""
     weights = read_weights(config.weights) if config.weights else None
-    if config.cfg:
-        table = load_layer_table(config.cfg)
-    elif weights is not None and weights.meta.get("cfg"):
-        table = weights.meta["cfg"]
-    else:
-        raise InputError(f"weights {config.weights}: the file does not say its layers; name the model with --cfg")
+    table = load_layer_table(config.cfg) if config.cfg else model_from_weights(config.weights)[0].table
     torch.manual_seed(config.seed)
     model = model_from_table(table, num_classes, names)
     if weights is not None:
-        report = load_matching(model, weights.tensors)
+        # As in YOLOv5, anchors come from --cfg where it is given.
+        report = load_matching(model, weights.tensors, skip_anchors=bool(config.cfg))
         log.info("weights %s: %d of %d tensors taken", config.weights, report.loaded, report.total)
         for line in report.left_out:
             log.info("  left out: %s", line)
@@ -137,6 +133,7 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
     broadcast_tensors([*model.state_dict().values(), *ema.model.state_dict().values()], comm)
 
     num_workers = choose_num_workers(config.workers, comm.local_size())
+    pin_memory = numerics.device.type == "cuda"
     train_data = TrainDataset(train_split, config.img, config.hyp, config.seed)
     exchange = Exchange(
         model.named_parameters(), build_compressor(config.comms.compression), comm, config.comms.bucket_mb, overlap=not sync_bn
@@ -154,9 +151,9 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
         exchange=exchange,
         schedule=schedule,
         sampler=sampler,
-        loader=build_train_loader(train_data, sampler, comm, num_workers),
+        loader=build_train_loader(train_data, sampler, comm, num_workers, pin_memory),
         val_split=val_split,
-        val_loader=build_eval_loader(EvalDataset(val_split, config.img), config.batch, comm, num_workers),
+        val_loader=build_eval_loader(EvalDataset(val_split, config.img), config.batch, comm, num_workers, pin_memory),
         progress=progress,
         state=state,
     )

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable
 from typing import TypeVar
 
+import cv2
 import torch
 
 from horoyolo import __version__
@@ -39,6 +40,7 @@ def start_training(config: Config, on_ready: Callable[[], None]) -> bool:
     start_logs(comm.rank(), comm.size())
     if config.batch < comm.size():
         raise InputError(f"batch = {config.batch} over {comm.size()} workers; at least one image for each is wanted")
+    cv2.setNumThreads(1)  # images are decoded beside the network's own threads
     numerics = numerics_for(pick_device(config.device, comm.local_rank()), config.precision)
     train_split, val_split = once_per_host(comm, lambda: (scan_split(spec, "train"), scan_split(spec, "val")))
     check_agreement(comm, train_split.content_hash + val_split.content_hash)

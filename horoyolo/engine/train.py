@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from horoyolo.distributed.syncbn import average_bn_buffers
 from horoyolo.engine.build import Training
 from horoyolo.engine.hooks import EpochRecord, Hook, StepRecord
 from horoyolo.engine.stop import StopRequest
+from horoyolo.model.yolo import YOLO
 
 log = logging.getLogger("horoyolo")
 
@@ -204,10 +205,10 @@ def finish_epoch(job: Training, epoch: int, started_s: float) -> EpochRecord:
         val_box_loss=val[0],
         val_obj_loss=val[1],
         val_cls_loss=val[2],
-        precision=metrics and metrics["precision"],
-        recall=metrics and metrics["recall"],
-        map50=metrics and metrics["map50"],
-        map50_95=metrics and metrics["map50_95"],
+        precision=metrics["precision"] if metrics else None,
+        recall=metrics["recall"] if metrics else None,
+        map50=metrics["map50"] if metrics else None,
+        map50_95=metrics["map50_95"] if metrics else None,
         lr=lr,
         seconds=time.perf_counter() - started_s,
     )
@@ -218,7 +219,7 @@ def fitness(metrics: dict[str, Any] | None) -> float:
     return 0.1 * metrics["map50"] + 0.9 * metrics["map50_95"] if metrics else -1.0
 
 
-def averaged(model: nn.Module, job: Training) -> nn.Module:
+def averaged(model: YOLO, job: Training) -> YOLO:
     """A copy of ``model`` with BatchNorm statistics averaged over workers; every worker must call it."""
     model = copy.deepcopy(model)
     average_bn_buffers(model, job.comm)

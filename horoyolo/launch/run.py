@@ -25,6 +25,13 @@ GRACE_S = 15.0  # horovodrun itself takes up to 10 s to end its workers
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
+def command_line(job: Job, hosts: Sequence[Host], launcher: str) -> list[str]:
+    """What starts the workers; raises InputError when the launcher is not known. One worker needs none."""
+    if launcher not in LAUNCHERS:
+        raise InputError(f"unknown launcher {launcher!r} (--launcher): known are {', '.join(LAUNCHERS)}")
+    return LAUNCHERS[launcher](job, hosts) if job.num_workers > 1 else direct_command(job, hosts)
+
+
 def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun") -> int:
     """Run the workers and return their exit status: 0 done, 1 failed or killed, 2 bad input, 75 stopped on request.
 
@@ -32,9 +39,7 @@ def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun") -> in
     them. No process of the job outlives this call. Call it from the main thread. Raises InputError when the launcher is not known or not
     installed.
     """
-    if launcher not in LAUNCHERS:
-        raise InputError(f"unknown launcher {launcher!r} (--launcher): known are {', '.join(LAUNCHERS)}")
-    argv = LAUNCHERS[launcher](job, hosts) if job.num_workers > 1 else direct_command(job, hosts)
+    argv = command_line(job, hosts, launcher)
     # What a virtual environment brought along is there even where nobody activated it.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     program = shutil.which(argv[0], path=path)

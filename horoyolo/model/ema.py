@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
+M = TypeVar("M", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[M]):
     """A float32 copy of ``model`` that follows it: parameters and floating-point buffers alike; integer buffers are copied.
 
     The decay ramps up as ``decay * (1 - exp(-updates / tau))``, so that the first updates are not held back by the initial weights.
     ``model`` is the copy, in eval mode and without gradients; ``updates`` counts the updates.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, tau: float = 2000.0) -> None:
-        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
+    def __init__(self, model: M, decay: float = 0.9999, tau: float = 2000.0) -> None:
+        self.model: M = copy.deepcopy(model).float().eval().requires_grad_(False)
         self.decay = decay
         self.tau = tau
         self.updates = 0
