@@ -82,7 +82,7 @@ class DrawPlots(Hook):
 
     def __init__(self, job: Training) -> None:
         self._job = job
-        self._batches = 0
+        self._drawn_s = time.monotonic()
 
     def after_step(self, record: StepRecord, batch: Any) -> None:
         if record.step > PLOTTED_BATCHES or not len(batch):

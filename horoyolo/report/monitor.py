@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from horoyolo.files import atomic_file
 
+BAR_WIDTH = 20
+
 
 class Writer(Protocol):
     """Takes the figures of a step or an epoch."""
@@ -70,9 +72,9 @@ class TensorBoardWriter:
 
 
 class Progress:
-    """An epoch's progress: a bar on a terminal, elsewhere a line every ``every_s`` seconds."""
+    """An epoch's progress: a bar that moves on a terminal; elsewhere, as under a launcher, a line with a bar every ``every_s`` seconds."""
 
-    def __init__(self, stream: TextIO = sys.stderr, every_s: float = 30.0) -> None:
+    def __init__(self, stream: TextIO = sys.stderr, every_s: float = 10.0) -> None:
         self._stream = stream
         self._every_s = every_s
         self._last_line_s = time.monotonic()
@@ -94,7 +96,9 @@ class Progress:
             self._bar.update(images)
         elif time.monotonic() - self._last_line_s >= self._every_s:
             self._last_line_s = time.monotonic()
-            print(f"{self._text}: {self._done} of {self._total} images, {figures}", file=self._stream, flush=True)
+            filled = BAR_WIDTH * self._done // max(self._total, 1)
+            bar = "#" * filled + "." * (BAR_WIDTH - filled)
+            print(f"{self._text} [{bar}] {self._done}/{self._total} images, {figures}", file=self._stream, flush=True)
 
     def close(self) -> None:
         """Ends the bar."""
