@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException:
         report_status(FAILED)
         raise
-    report_status(status)
-    return status
+    return report_status(status)
 
 
 def _is_first_worker() -> bool:
@@ -311,18 +310,28 @@ def _synthesise(parsed: argparse.Namespace) -> int:
 
 
 def _describe_bench(parser: _Parser) -> None:
-    from horoyolo.bench.flags import describe_step
+    from horoyolo.bench.flags import describe_scaling, describe_step
 
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     step = benches.add_parser("step", help="training steps a second, precisions and layouts side by side")
     describe_step(step)
     step.set_defaults(run=_bench_step)
+    scaling = benches.add_parser("scaling", help="what the exchange costs, against processes without any")
+    describe_scaling(scaling)
+    scaling.set_defaults(run=_bench_scaling)
 
 
 def _bench_step(parsed: argparse.Namespace) -> int:
     from horoyolo.bench.step import bench_step
 
     bench_step(parsed)
+    return DONE
+
+
+def _bench_scaling(parsed: argparse.Namespace) -> int:
+    from horoyolo.bench.scaling import bench_scaling
+
+    bench_scaling(parsed)
     return DONE
 
 

@@ -55,11 +55,9 @@ class Stepper:
 
     def step(self) -> None:
         """Forward, loss, backward, exchange where there is one, optimizer step."""
+        self.optimizer.zero_grad()
         if self.exchange is not None:
-            self.exchange.zero_grad()
             self.exchange.arm()
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
         with self.numerics.autocast():
             heads = self.model(self.numerics.as_input(self.images))
         losses = self.loss(heads, self.targets.to(self.numerics.device), self.positives, self.batch)

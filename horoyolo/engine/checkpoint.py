@@ -62,12 +62,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint in ``folder`` that reads well, with its state; bad ones are named in the log. None where there is none."""
+    """The newest checkpoint in ``folder`` that reads well, with its state; bad ones are named in the log. None for a folder without any.
+
+    Raises InputError where there are checkpoints and none is good.
+    """
+    problems: list[InputError] = []
     for name in sorted(_read_manifest(folder), reverse=True):
         try:
-            return folder / name, read_checkpoint(folder / name)
+            state = read_checkpoint(folder / name)
         except InputError as error:
-            log.error("%s; trying the one before", error)
+            problems.append(error)
+            continue
+        for problem in problems:
+            log.error("%s; going on from %s", problem, name)
+        return folder / name, state
+    if problems:
+        raise problems[0]
     return None
 
 

@@ -1,0 +1,192 @@
+"""Bad input: one line that says what, where and what would be right, exit 2, and nothing written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from horoyolo import cli
+from horoyolo.data.synthetic import write_synthetic
+from horoyolo.engine.checkpoint import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("synthetic") / "data"
+    write_synthetic(folder, 12, seed=0)
+    return folder
+
+
+@pytest.fixture()
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, in which nothing may appear."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line that a command refused with."""
+    assert cli.main([str(word) for word in words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def train(dataset: Path, *words: object) -> list[object]:
+    return ["train", "--data", dataset / "data.yaml", "--cfg", "yolov5n", "--epochs", 1, *words]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--bathc", 4], "did you mean --batch"),
+        (["--set", "hyp.lr=1"], "did you mean 'hyp.lr"),
+        (["--set", "hyp.lr0"], "KEY=VALUE"),
+        (["--epochs", "ten"], "a whole number"),
+        (["--cfg", "yolov5q"], "yolov5"),
+        (["--weights", "absent.pt"], "absent.pt"),
+        (["--hyp", "absent.yaml"], "absent.yaml"),
+        (["--compression", "zip"], "none"),
+        (["--precision", "fp8"], "fp32"),
+        (["--device", "7"], "GPU"),
+        (["--device", "tpu"], "cpu, cuda"),
+        (["--elastic"], "not supported yet"),
+        (["--cache", "ram"], "not supported yet"),
+        (["--resume", "absent"], "no run folder"),
+        (["--resume"], "no run in"),
+        (["--img", 100], "multiple of 32"),
+    ],
+)
+def test_train_refuses(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str], words: list[object], expected: str) -> None:
+    assert expected in refused(capsys, *train(dataset, *words))
+    assert list(here.iterdir()) == []
+
+
+def broken(dataset: Path, here: Path, damage: Callable[[Path], object]) -> Path:
+    """A copy of the data set with something wrong."""
+    copy = here.parent / "broken"
+    for file in dataset.rglob("*"):
+        if file.is_file() and ".horoyolo-cache" not in file.parts:
+            target = copy / file.relative_to(dataset)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    damage(copy)
+    return copy
+
+
+def first_label(copy: Path) -> Path:
+    return next(path for path in sorted((copy / "labels" / "train").iterdir()) if path.read_text().strip())
+
+
+def remove_all(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda copy: (copy / "data.yaml").unlink(), "data.yaml"),
+        (lambda copy: (copy / "data.yaml").write_text("names: [a\ntrain: x"), "line"),
+        (lambda copy: first_label(copy).write_text("7 0.5 0.5 0.1 0.1\n"), "class"),
+        (lambda copy: remove_all(copy / "images" / "train"), "no images"),
+        (lambda copy: remove_all(copy / "labels" / "train"), "no labels"),
+    ],
+    ids=["missing data file", "unreadable yaml", "class beyond nc", "no images", "no labels"],
+)
+def test_train_refuses_data(
+    dataset: Path, here: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], expected: str
+) -> None:
+    copy = broken(dataset, here, damage)
+    assert expected in refused(capsys, *train(copy))
+    assert list(here.iterdir()) == []
+
+
+def test_a_torn_checkpoint_is_refused(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = here / "run"
+    path = save_checkpoint(run / "checkpoints", {"value": torch.zeros(100)}, 1, keep=1, notes={})
+    (run / "config.yaml").write_text("data: x\n")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "torn" in refused(capsys, *train(dataset, "--resume", path))
+    assert "torn" in refused(capsys, *train(dataset, "--resume", run))
+
+
+def test_torn_weights_are_refused(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torn = here / "torn.pt"
+    torch.save({"model": torch.zeros(1000)}, torn)
+    torn.write_bytes(torn.read_bytes()[:500])
+    assert "torn.pt" in refused(capsys, *train(dataset, "--weights", torn))
+    assert list(here.iterdir()) == [torn]
+
+
+def test_launch_checks_the_job_first(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "3 workers" in refused(capsys, "launch", "-np", 3, "--", *train(dataset, "--batch", 2))
+    assert "did you mean --epochs" in refused(capsys, "launch", "-np", 2, "--", *train(dataset, "--epoch", 2))
+    assert "not supported yet" in refused(capsys, "launch", "--hostfile", "hosts", "--", *train(dataset))
+    assert "-- train" in refused(capsys, "launch", "-np", 2)
+    assert "horovodrun" in refused(capsys, "launch", "-np", 2, "--launcher", "ssh", "--dry-run", "--", *train(dataset, "--batch", 2))
+    assert list(here.iterdir()) == []
+
+
+def test_a_dry_run_prints_what_would_run(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", "-np", "2", "--dry-run", "--", *map(str, train(dataset, "--batch", 2))]) == 0
+    line = capsys.readouterr().out
+    assert "horovodrun -np 2 -H localhost:2 --gloo" in line
+    assert "-m horoyolo train --data" in line
+    assert list(here.iterdir()) == []
+
+
+def test_unknown_command_and_missing_flags(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid choice: 'trian'" in refused(capsys, "trian")
+    assert "--data" in refused(capsys, "train", "--cfg", "yolov5n")
+    assert "--weights" in refused(capsys, "predict", "--source", "x", "--out", "y")
+
+
+def test_several_workers_without_horovod(dataset: Path, here: Path) -> None:
+    """The environment of a launcher, on a Python that has no Horovod."""
+    code = "import sys; sys.modules['horovod'] = None; from horoyolo.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, train(dataset))],
+        env={"PATH": "/usr/bin:/bin", "HOROVOD_SIZE": "2", "HOROVOD_RANK": "0", "HOME": str(here.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "scripts/setup.sh" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["launch", "--help"], ["launch", "-np", "2", "--dry-run", "--", "train"]])
+def test_launch_works_without_torch(dataset: Path, here: Path, words: list[str]) -> None:
+    code = "import sys; sys.modules['torch'] = None; from horoyolo.cli import main; sys.exit(main())"
+    job = list(map(str, train(dataset)[1:])) if words[-1] == "train" else []
+    done = subprocess.run([sys.executable, "-c", code, *words, *job], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_a_corrupt_image_is_left_out_and_named(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = sorted(path.name for path in (dataset / "images" / "train").iterdir())
+    copy = broken(dataset, here, lambda folder: (folder / "images" / "train" / names[0]).write_bytes(b"not a picture"))
+    assert cli.main(["data", "check", "--data", str(copy / "data.yaml")]) == 0
+    report = capsys.readouterr().out
+    assert names[0] in report
+    assert "corrupt" in report
+
+
+def test_data_synth_makes_what_it_says(here: Path) -> None:
+    assert cli.main(["data", "synth", "--out", "data", "--images", "5", "--seed", "3"]) == 0
+    assert len(list((here / "data" / "images").rglob("*.jpg"))) == 5
+    again = here / "again"
+    write_synthetic(again, 5, seed=3)
+    for file in sorted((here / "data" / "images").rglob("*.jpg")):
+        twin = again / file.relative_to(here / "data")
+        assert np.array_equal(np.frombuffer(file.read_bytes(), np.uint8), np.frombuffer(twin.read_bytes(), np.uint8))
