@@ -78,17 +78,15 @@ class ShowProgress(Hook):
 
 
 class DrawPlots(Hook):
-    """The first batches with their boxes, and the curves so far from time to time. A picture that fails stops nothing."""
+    """The first batches with their boxes, and the curves so far from time to time."""
 
     def __init__(self, job: Training) -> None:
         self._job = job
         self._drawn_s = time.monotonic()
 
     def after_step(self, record: StepRecord, batch: Any) -> None:
-        if record.step > PLOTTED_BATCHES or not len(batch):
-            return
-        path = self._job.run.plots / f"train_batch{record.step - 1}.png"
-        self._draw(plot_batch, batch.images, batch.targets, self._job.model.names, path)
+        if record.step <= PLOTTED_BATCHES:
+            plot_batch(batch.images, batch.targets, self._job.model.names, self._job.run.plots / f"train_batch{record.step - 1}.png")
 
     def after_epoch(self, record: EpochRecord) -> None:
         if time.monotonic() - self._drawn_s >= CURVES_EVERY_S:
@@ -99,13 +97,7 @@ class DrawPlots(Hook):
         self._draw_curves()
 
     def _draw_curves(self) -> None:
-        self._draw(plot_curves, self._job.run.folder / "results.csv", self._job.run.plots)
-
-    def _draw(self, draw: Any, *args: Any) -> None:
-        try:
-            draw(*args)
-        except Exception:  # whatever it is, training matters more
-            log.warning("a plot could not be drawn", exc_info=True)
+        plot_curves(self._job.run.folder / "results.csv", self._job.run.plots)
 
 
 class TellUnreadable(Hook):
