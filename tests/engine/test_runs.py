@@ -1,0 +1,68 @@
+"""Names of run folders, and what --resume finds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from horoyolo.config import Config, InputError, load
+from horoyolo.engine.checkpoint import save_checkpoint
+from horoyolo.engine.runs import Run, new_folder, open_run, resumed_folder
+
+
+def config_in(project: Path, **values: object) -> Config:
+    return Config(data="d.yaml", cfg="yolov5n", project=str(project), **values)  # type: ignore[arg-type]
+
+
+def saved_run(project: Path, name: str) -> Path:
+    run = Run(project / name)
+    run.create(config_in(project, name=name, batch=8))
+    save_checkpoint(run.checkpoints, {"step": 3}, 3, keep=1, notes={})
+    return run.folder
+
+
+def test_a_taken_name_gets_a_number(tmp_path: Path) -> None:
+    assert new_folder(tmp_path, "exp", exist_ok=False) == tmp_path / "exp"
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp2").mkdir()
+    assert new_folder(tmp_path, "exp", exist_ok=False) == tmp_path / "exp3"
+    assert new_folder(tmp_path, "exp", exist_ok=True) == tmp_path / "exp"
+
+
+def test_opening_a_new_run_writes_nothing(tmp_path: Path) -> None:
+    run = open_run(config_in(tmp_path / "runs"))
+    assert run.folder == tmp_path / "runs" / "exp"
+    assert run.resumed is None
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_saves_its_configuration(tmp_path: Path) -> None:
+    folder = saved_run(tmp_path, "a")
+    assert load(folder / "config.yaml") == config_in(tmp_path, name="a", batch=8)
+
+
+@pytest.mark.parametrize("resume", ["auto", "newest", "folder", "checkpoint"])
+def test_every_way_to_resume_finds_the_state(tmp_path: Path, resume: str) -> None:
+    folder = saved_run(tmp_path, "a")
+    target = {"folder": str(folder), "checkpoint": str(folder / "checkpoints" / "step-00000003.pt")}.get(resume, resume)
+    config = config_in(tmp_path, name="a", resume=target)
+    assert resumed_folder(config) == folder
+    assert open_run(config) == Run(folder, {"step": 3})
+
+
+def test_auto_starts_where_there_is_nothing_and_takes_the_name_exactly(tmp_path: Path) -> None:
+    config = config_in(tmp_path, name="a", resume="auto")
+    assert resumed_folder(config) is None
+    assert open_run(config) == Run(tmp_path / "a")
+    (tmp_path / "a").mkdir()  # a run that died before its first checkpoint
+    assert open_run(config) == Run(tmp_path / "a")
+
+
+def test_bare_resume_takes_the_newest_run(tmp_path: Path) -> None:
+    older, newer = saved_run(tmp_path, "b"), saved_run(tmp_path, "a")
+    os.utime(older / "config.yaml", (1, 1))
+    assert resumed_folder(config_in(tmp_path, resume="newest")) == newer
+    with pytest.raises(InputError, match="no run in"):
+        resumed_folder(config_in(tmp_path / "empty", resume="newest"))

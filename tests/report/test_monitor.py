@@ -1,0 +1,61 @@
+"""Figures reach their files whole, and a resumed run goes on without repeating a row."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from horoyolo.report.monitor import CsvWriter, Progress
+
+COLUMNS = ["step", "loss"]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def write(path: Path, steps: range, after_step: int = 0) -> None:
+    writer = CsvWriter(path, COLUMNS, after_step)
+    for step in steps:
+        writer.write(step, {"step": step, "loss": step / 3, "not a column": 1})
+    writer.close()
+
+
+def test_rows_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
+    writer = CsvWriter(tmp_path / "steps.csv", COLUMNS)
+    writer.write(1, {"step": 1, "loss": None})
+    assert rows(tmp_path / "steps.csv") == [{"step": "1", "loss": ""}]
+    writer.close()
+
+
+def test_a_resumed_run_drops_the_rows_beyond_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    write(path, range(1, 6))
+    write(path, range(4, 8), after_step=3)
+    assert [row["step"] for row in rows(path)] == ["1", "2", "3", "4", "5", "6", "7"]
+    write(path, range(1, 3))
+    assert [row["step"] for row in rows(path)] == ["1", "2"]
+
+
+def test_half_a_row_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    write(path, range(1, 4))
+    path.write_text(path.read_text() + "4")
+    write(path, range(4, 5), after_step=10)
+    assert [row["step"] for row in rows(path)] == ["1", "2", "3", "4"]
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream, every_s=0.0)
+    progress.start("epoch 1/2", total=40, done=10)
+    progress.advance(10, "loss 1")
+    assert stream.getvalue() == "epoch 1/2 [##########..........] 20/40 images, loss 1\n"
+    patient = io.StringIO()
+    progress = Progress(patient, every_s=3600.0)
+    progress.start("epoch 1/2", total=40)
+    progress.advance(10, "loss 1")
+    progress.close()
+    assert patient.getvalue() == ""
