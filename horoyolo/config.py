@@ -109,20 +109,21 @@ def nearest_of(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
-    """The mapping in a yaml file; ``what`` names the file's role in an error (InputError: missing, unreadable, not a mapping)."""
+def read_yaml(path: str | Path, wanted: str) -> dict[str, Any]:
+    """The mapping in a yaml file; ``wanted`` says in an error what the file should be (InputError: missing, unreadable, not a mapping)."""
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        content = yaml.safe_load(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}; {wanted} is wanted") from None
     except OSError as error:
-        raise InputError(f"{what} {path}: {error.strerror.lower() if error.strerror else error}") from None
-    try:
-        content = yaml.safe_load(text)
+        raise InputError(f"{path} can't be read: {error.strerror}; {wanted} is wanted") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"{what} {path}{where}: not yaml ({getattr(error, 'problem', None) or 'unreadable'})") from None
+        where = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        raise InputError(f"{path}{where}: not valid yaml ({reason}); {wanted} is wanted") from None
     if not isinstance(content, dict):
-        raise InputError(f"{what} {path}: a mapping of keys to values is wanted, this holds {type(content).__name__}")
+        raise InputError(f"{path} holds no keys with values; {wanted} is wanted")
     return content
 
 
@@ -178,7 +179,7 @@ def _converted(value: Any, wanted: type, key: str, where: str) -> Any:
 
 def load_hyper(config: Config, path: str | Path) -> Config:
     """``config`` with the hyper-parameters of a YOLOv5 ``hyp.yaml`` (InputError: unreadable, unknown key)."""
-    values = read_yaml(path, "hyper-parameter file")
+    values = read_yaml(path, "a YOLOv5 hyp.yaml")
     known = [f.name for f in dataclasses.fields(Hyper)]
     for key in values:
         if key not in known:
@@ -193,7 +194,7 @@ def dump(config: Config) -> str:
 
 def load(path: str | Path) -> Config:
     """The configuration saved with a run (InputError: unreadable, unknown key)."""
-    return override(Config(), read_yaml(path, "run configuration"), f"run configuration {path}")
+    return override(Config(), read_yaml(path, "the config.yaml of a run"), f"run configuration {path}")
 
 
 _CHOICES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horoyolo import config as configuration
@@ -16,6 +16,7 @@ from horoyolo.config import Config, Hyper, InputError, override, validate
 USABLE = dataclasses.replace(Config(), data="d.yaml", cfg="yolov5n")
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.integers(1, 10**6), st.booleans(), st.text(max_size=20))
 def test_saved_and_loaded_it_is_the_same(lr0: float, batch: int, sync_bn: bool, name: str) -> None:
     config = override(Config(), {"hyp.lr0": lr0, "batch": batch, "comms.sync_bn": sync_bn, "name": name}, "test")
@@ -67,7 +68,7 @@ def test_unknown_hyper_is_named_with_its_file(tmp_path: Path) -> None:
         configuration.load_hyper(Config(), file)
 
 
-@pytest.mark.parametrize(("content", "words"), [("a: [1", "not yaml"), ("- 1", "a mapping"), (None, "no such file")])
+@pytest.mark.parametrize(("content", "words"), [("a: [1", "not valid yaml"), ("- 1", "no keys"), (None, "no such file")])
 def test_unreadable_yaml(tmp_path: Path, content: str | None, words: str) -> None:
     file = tmp_path / "x.yaml"
     if content is not None:

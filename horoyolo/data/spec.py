@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from horoyolo.config import InputError
+from horoyolo.config import InputError, read_yaml
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 SPLITS = ("train", "val", "test")
@@ -57,7 +55,7 @@ def load_data_spec(path: str | Path) -> DataSpec:
     disagrees with them, and where no split is given.
     """
     file = Path(path)
-    content = _read_yaml(file)
+    content = read_yaml(file, "a YOLOv5 data.yaml with train, val and names")
     names = _names(file, content)
     entries = {split: _entries(file, split, content[split]) for split in SPLITS if content.get(split)}
     if not entries:
@@ -65,23 +63,6 @@ def load_data_spec(path: str | Path) -> DataSpec:
     root = _root(file, str(content.get("path") or ""), [entry for split in entries.values() for entry in split])
     splits = {split: [_locate(root, entry) for entry in split_entries] for split, split_entries in entries.items()}
     return DataSpec(file, root, splits, names, len(names), str(content.get("download") or ""))
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"no such data file: {file}; --data takes a YOLOv5 data.yaml") from None
-    except OSError as error:
-        raise InputError(f"{file} can't be read: {error.strerror}; --data takes a YOLOv5 data.yaml") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
-        raise InputError(f"{file}{where}: not valid yaml ({reason})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is not a data.yaml: it must hold keys such as train, val and names")
-    return content
 
 
 def _names(file: Path, content: dict[str, Any]) -> dict[int, str]:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from horoyolo.config import InputError
+from horoyolo.config import InputError, read_yaml
 from horoyolo.model.blocks import ACTIVATIONS, BLOCKS, C3, BottleneckCSP, Concat, Conv, Detect
 
 SIZES = {"n": (0.33, 0.25), "s": (0.33, 0.50), "m": (0.67, 0.75), "l": (1.0, 1.0), "x": (1.33, 1.25)}  # depth, width
@@ -158,11 +157,8 @@ def grid_xy(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _read_table(path: Path) -> dict[str, Any]:
-    try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable yaml file ({_one_line(error)})") from error
-    missing = [key for key in ("anchors", "backbone", "head") if not isinstance(table, dict) or not table.get(key)]
+    table = read_yaml(path, "a YOLOv5 model yaml")
+    missing = [key for key in ("anchors", "backbone", "head") if not table.get(key)]
     if missing:
         raise InputError(f"{path}: not a model yaml, it lacks {', '.join(missing)}")
     return table

@@ -113,7 +113,7 @@ def test_what_is_no_data_yaml(tmp_path: Path, content: bytes) -> None:
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no such data file: .*gone\.yaml"):
+    with pytest.raises(InputError, match=r"no such file: .*gone\.yaml"):
         load_data_spec(tmp_path / "gone.yaml")
     with pytest.raises(InputError, match="can't be read"):
         load_data_spec(tmp_path)

@@ -237,10 +237,10 @@ def test_a_bad_table_is_refused_in_one_line(table: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not a readable yaml"),
-        ("- 1", "lacks anchors, backbone, head"),
+        ("{", "not valid yaml"),
+        ("- 1", "no keys with values"),
         ("anchors: [[1, 2]]", "lacks backbone, head"),
-        (b"\xff\xfe\x00", "not a"),
+        (b"\xff\xfe\x00", "not valid"),
     ],
 )
 def test_a_bad_yaml_file_is_refused(tmp_path: Path, content: str | bytes, message: str) -> None:
