@@ -9,14 +9,12 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from typing import Any
 
 from horoyolo.bench.step import settings, table, write_json
 from horoyolo.launch.command import LAUNCHERS, Job, worker_env
 from horoyolo.launch.hosts import local_hosts
 
-START_UP_S = 20.0  # by then every plain process is warm, so that all are timed side by side
 LIMIT_S = 600.0
 CHANNELS_LAST, NCHW = "bf16 channels_last", "bf16 NCHW"
 SHORT = {"horovodrun": "Gloo", "mpirun": "MPI"}
@@ -65,13 +63,21 @@ def _launched_s(job: Job, launcher: str) -> float:
 
 
 def _side_by_side_s(job: Job) -> float:
-    """The median step of as many plain processes, timed at the same moment; the mean over processes."""
-    argv = [*job.argv, "--start-at", str(time.time() + START_UP_S)]
-    processes = [
-        subprocess.Popen(argv, env={**os.environ, **job.env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(job.num_workers)
-    ]
+    """The median step of as many plain processes, timed at the same moment, when all are warm; the mean over processes."""
+    processes = [_start_waiting(job) for _ in range(job.num_workers)]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()  # ready
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
     return statistics.mean(_reported_s(*process.communicate(timeout=LIMIT_S)) for process in processes)
+
+
+def _start_waiting(job: Job) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*job.argv, "--wait"], env={**os.environ, **job.env}, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def _reported_s(output: str, errors: str) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
+import sys
 
 import torch
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--variant", choices=VARIANTS, required=True)
-    parser.add_argument("--start-at", type=float, default=0.0, help="wall-clock time before which no step is timed")
+    parser.add_argument("--wait", action="store_true", help="say `ready` when warm, and start at a line on standard input")
     parsed = parser.parse_args()
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -39,7 +39,9 @@ def main() -> None:
         settings = Comms()
         stepper.exchange = Exchange(stepper.model.named_parameters(), build_compressor("none"), comm, settings.bucket_mb)
     stepper.seconds(WARMUP_STEPS)
-    time.sleep(max(0.0, parsed.start_at - time.time()))
+    if parsed.wait:
+        print("ready", flush=True)
+        sys.stdin.readline()
     times = stepper.seconds(parsed.steps)
     if comm.rank() == 0:
         print(f"median_step_s={statistics.median(times):.6f}", flush=True)
