@@ -73,7 +73,8 @@ class Comms:
     """How workers exchange gradients."""
 
     compression: str = "none"
-    bucket_mb: float = 8.0  # size of a gradient bucket in MB (10^6 bytes)
+    bucket_mb: float = 25.0  # size of a gradient bucket in MB (10^6 bytes)
+    overlap: str = "auto"  # buckets leave while backward runs: yes, no; auto: on GPUs without sync_bn
     sync_bn: bool = False  # BatchNorm over the global batch
 
 
@@ -200,6 +201,7 @@ def load(path: str | Path) -> Config:
 _CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optim.optimizer": ("sgd", "adamw"),
+    "comms.overlap": ("auto", "yes", "no"),
 }
 _AT_LEAST: dict[str, float] = {
     "img": 32,

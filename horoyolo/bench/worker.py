@@ -14,10 +14,12 @@ import torch
 
 from horoyolo.bench.step import VARIANTS, WARMUP_STEPS, Stepper
 from horoyolo.compression.build import build_compressor
-from horoyolo.config import Comms
+from horoyolo.config import Comms, Config
 from horoyolo.distributed.comm import open_comm
 from horoyolo.distributed.exchange import Exchange
+from horoyolo.engine.build import overlaps
 from horoyolo.engine.device import Numerics
+from horoyolo.engine.start import cycle_time_ms
 
 
 def main() -> None:
@@ -32,12 +34,13 @@ def main() -> None:
     parsed = parser.parse_args()
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    comm = open_comm()
+    comm = open_comm(cycle_time_ms(Config()))
     numerics = Numerics(torch.device("cpu"), *VARIANTS[parsed.variant])
     stepper = Stepper(numerics, parsed.cfg, parsed.img, parsed.batch, seed=comm.rank())
     if comm.size() > 1:
-        settings = Comms()
-        stepper.exchange = Exchange(stepper.model.named_parameters(), build_compressor("none"), comm, settings.bucket_mb)
+        comms = Comms()
+        compressor = build_compressor(comms.compression)
+        stepper.exchange = Exchange(stepper.model.named_parameters(), compressor, comm, comms.bucket_mb, overlaps(comms, numerics))
     stepper.seconds(WARMUP_STEPS)
     if parsed.wait:
         print("ready", flush=True)

@@ -232,9 +232,12 @@ class _HorovodHandle:
         self.wait = wait
 
 
-def open_comm() -> Comm:
+def open_comm(cycle_time_ms: float = 1.0) -> Comm:
     """The Comm of this process: over Horovod when the environment says that there are several workers (horovodrun, mpirun, srun), else
     local.
+
+    Horovod's background thread looks for work every ``cycle_time_ms``: a wait for each collective, and a disturbance when there is none. The
+    environment's HOROVOD_CYCLE_TIME goes before it.
 
     Raises InputError when several workers were started and Horovod is missing or sees a different number of them.
     """
@@ -247,6 +250,7 @@ def open_comm() -> Comm:
         raise InputError(f"{size} workers were started without Horovod ({error}): run scripts/setup.sh, or start one worker") from error
     # Buckets are large and fixed already: fusing them by arrival would cost a copy and make the order of sums depend on timing.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", str(cycle_time_ms))
     hvd.init()
     if hvd.size() != size:
         seen = hvd.size()

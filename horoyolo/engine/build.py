@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from horoyolo.compression.build import build_compressor
-from horoyolo.config import Config, Optim
+from horoyolo.config import Comms, Config, Optim
 from horoyolo.data.dataset import EvalDataset, TrainDataset
 from horoyolo.data.loader import build_eval_loader, build_train_loader, choose_num_workers
 from horoyolo.data.sampler import Sampler
@@ -135,9 +135,8 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
     num_workers = choose_num_workers(config.workers, comm.local_size())
     pin_memory = numerics.device.type == "cuda"
     train_data = TrainDataset(train_split, config.img, config.hyp, config.seed)
-    exchange = Exchange(
-        model.named_parameters(), build_compressor(config.comms.compression), comm, config.comms.bucket_mb, overlap=not sync_bn
-    )
+    compressor = build_compressor(config.comms.compression)
+    exchange = Exchange(model.named_parameters(), compressor, comm, config.comms.bucket_mb, overlaps(config.comms, numerics))
     return Training(
         config=config,
         comm=comm,
@@ -157,6 +156,17 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
         progress=progress,
         state=state,
     )
+
+
+def overlaps(comms: Comms, numerics: Numerics) -> bool:
+    """Whether buckets leave while backward runs.
+
+    Not beside a synchronised BatchNorm, whose small exchanges would queue behind them; and not on a CPU whose cores are all at work: there the
+    network's share of them comes out of backward, and its threads disturb those that compute (README, Speed).
+    """
+    if comms.overlap != "auto":
+        return comms.overlap == "yes"
+    return numerics.device.type == "cuda" and not comms.sync_bn
 
 
 def build_loss(config: Config, model: YOLO) -> DetectionLoss:

@@ -36,7 +36,7 @@ def start_training(config: Config, on_ready: Callable[[], None]) -> bool:
     """
     spec = load_data_spec(config.data)
     model = build_model_for(config, spec.num_classes, spec.names)
-    comm = open_comm()
+    comm = open_comm(cycle_time_ms(config))
     start_logs(comm.rank(), comm.size())
     if config.batch < comm.size():
         raise InputError(f"batch = {config.batch} over {comm.size()} workers; at least one image for each is wanted")
@@ -63,6 +63,12 @@ def start_training(config: Config, on_ready: Callable[[], None]) -> bool:
     comm.barrier()  # nobody leaves while rank 0 still writes: a launcher takes the first exit for the end
     comm.close()
     return finished
+
+
+def cycle_time_ms(config: Config) -> float:
+    """How often Horovod looks for work: at once for a synchronised BatchNorm and for GPUs, rarely where that takes time from computing cores."""
+    on_gpu = torch.cuda.is_available() and config.device.lower() != "cpu"
+    return 1.0 if config.comms.sync_bn or on_gpu else 5.0
 
 
 def once_per_host(comm: Comm, scan: Callable[[], T]) -> T:

