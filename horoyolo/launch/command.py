@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from horoyolo.launch.hosts import Host
 
-
 # Left to itself, glibc hands large blocks back to the kernel at once and gets them again, zeroed page by page, a moment later: activations every
 # step, Gloo's buffers every exchange. Kept, a CPU step of YOLOv5s with an exchange took 0 page faults instead of 14,000, and a tenth less time.
 KEEP_MEMORY = {
