@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,39 +19,11 @@ from pycocotools.cocoeval import COCOeval
 from horoyolo.distributed.comm import LocalComm
 from horoyolo.engine.evaluate import CocoEvaluator, at_best_f1, score, to_original
 
-
-@dataclass
-class Scene:
-    """What scoring needs of a split."""
-
-    labels: list[np.ndarray]
-    shapes_hw: np.ndarray
-    names: dict[int, str]
-
-    def __len__(self) -> int:
-        return len(self.labels)
+WORKER = Path(__file__).parent / "score_worker.py"
+scene = runpy.run_path(str(WORKER))["scene"]
 
 
-def scene(seed: int, images: int = 12, classes: int = 4) -> tuple[Scene, np.ndarray]:
-    """A split with labels of all classes but the last, and detections near them, beside them and of the wrong class."""
-    rng = np.random.default_rng(seed)
-    labels, detections = [], []
-    shapes_hw = rng.integers(100, 400, (images, 2))
-    for image, (height, width) in enumerate(shapes_hw):
-        wh = rng.uniform(0.05, 0.4, (rng.integers(0, 9), 2))
-        xy = rng.uniform(0.3, 0.7, wh.shape)
-        classes_here = rng.integers(0, classes - 1, (len(wh), 1))
-        labels.append(np.hstack([classes_here, xy, wh]).astype(np.float32))
-        for row in labels[-1]:
-            for _ in range(rng.integers(0, 3)):
-                box = row[1:] + rng.normal(0, 0.02, 4)
-                x, y, w, h = box * [width, height, width, height]
-                label = row[0] if rng.random() < 0.8 else rng.integers(0, classes)
-                detections.append([image, x - w / 2, y - h / 2, w, h, rng.random(), label])
-    return Scene(labels, shapes_hw, {i: f"class {i}" for i in range(classes)}), np.array(detections)
-
-
-def by_pycocotools(split: Scene, detections: np.ndarray) -> tuple[float, float]:
+def by_pycocotools(split: Any, detections: np.ndarray) -> tuple[float, float]:
     annotations = []
     for image, (rows, (height, width)) in enumerate(zip(split.labels, split.shapes_hw, strict=True)):
         for label, x, y, w, h in rows.astype(np.float64):
@@ -122,7 +99,7 @@ def test_boxes_come_back_to_the_original_image() -> None:
 
 def test_evaluator_counts_what_it_was_given_and_forgets_on_reset() -> None:
     split, detections = scene(2)
-    evaluator = CocoEvaluator(split)  # type: ignore[arg-type]
+    evaluator = CocoEvaluator(split)
 
     def give() -> None:
         for image in range(len(split.labels)):
@@ -130,10 +107,24 @@ def test_evaluator_counts_what_it_was_given_and_forgets_on_reset() -> None:
             evaluator.process(image, torch.cat([rows[:, 1:3], rows[:, 1:3] + rows[:, 3:5]], 1), rows[:, 5], rows[:, 6])
 
     give()
-    expected = score(split, detections)  # type: ignore[arg-type]
+    expected = score(split, detections)
     assert evaluator.evaluate(LocalComm())["map50"] == pytest.approx(expected["map50"], abs=1e-9)
     evaluator.reset()
     assert evaluator.evaluate(LocalComm())["map50"] == 0
+
+
+def test_workers_score_together_what_one_scores_alone() -> None:
+    """Three workers, each with every third image."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = ["horovodrun", "-np", "3", "-H", "localhost:3", "--gloo", "--network-interfaces", "lo"]
+    lines = []
+    for argv in ([sys.executable, str(WORKER)], [*launch, sys.executable, str(WORKER)]):
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines.append([json.loads(line[line.index("{") :]) for line in done.stdout.splitlines() if "{" in line])
+    (alone,), together = lines
+    assert alone["map50"] > 0.1
+    assert together == [alone] * 3
 
 
 def test_no_file_of_coco_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ STABLE = ("step", "epoch", "update", "images", "batch_crc", *LOSSES, "lr", "work
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """35 images to train on: batches of 16, 16 and 3, so that one worker of four gets none of the last."""
     folder = tmp_path_factory.mktemp("synthetic") / "data"
-    write_synthetic(folder, 44, seed=0)
+    write_synthetic(folder, 43, seed=0)
     return folder / "data.yaml"
 
 
@@ -59,8 +59,8 @@ def stable(rows: list[dict[str, str]]) -> list[list[str]]:
 def sizes(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run with 1, 2 and 4 workers, and with 2 once more: a folder each."""
     project = tmp_path_factory.mktemp("sizes")
-    # With YOLOv5's own rates a fresh detector is chaotic: changing one weight by its last bit changes losses by a per cent within twenty steps.
-    # At a tenth of them it is not, and the law shows to the precision of float32.
+    # With YOLOv5's own rates a fresh detector is chaotic: one weight changed by its last bit changes losses by a per cent within thirty steps of
+    # one process. At a tenth of them it is not, and the law shows to the precision of float32.
     words = ["--sync-bn", "--epochs", 10, "--set", "hyp.lr0=0.001", "--set", "hyp.warmup_bias_lr=0.01", "--set", "evaluate_every=10"]
     for name, num_workers in {"1": 1, "2": 2, "4": 4, "2 again": 2}.items():
         run(command(dataset, project, name, num_workers, *words))
@@ -84,12 +84,12 @@ def test_the_same_bits_when_repeated(sizes: Path) -> None:
     assert stable(steps(sizes, "2")) == stable(steps(sizes, "2 again"))
 
 
-def test_scores_hardly_depend_on_the_size(sizes: Path) -> None:
+def test_every_image_is_evaluated_once_at_any_size(sizes: Path) -> None:
     metrics = {name: json.loads((sizes / name / "metrics.json").read_text())["last"] for name in ("1", "2", "4")}
+    assert metrics["1"]["images"] == 8
     for name in ("2", "4"):
-        assert metrics[name]["images"] == metrics["1"]["images"] == 9
-        assert metrics[name]["instances"] == metrics["1"]["instances"]
-        assert metrics[name]["map50"] == pytest.approx(metrics["1"]["map50"], abs=0.01)
+        assert metrics[name]["images"] == 8
+        assert metrics[name]["instances"] == metrics["1"]["instances"] > 0
 
 
 @pytest.fixture(scope="module")
