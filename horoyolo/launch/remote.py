@@ -1,0 +1,37 @@
+"""How this project reaches another host: one ssh command line, the same everywhere."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Without these a host that vanished keeps its ssh, and whoever waits for it, until TCP gives up after many minutes.
+KEEPALIVE = ("-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=2")
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
+
+
+@dataclass(frozen=True)
+class Ssh:
+    """How to log in to the hosts of a job; empty fields are left to the user's ssh configuration."""
+
+    port: int | None = None
+    identity: str = ""  # file of the private key
+
+
+def is_local(host: str) -> bool:
+    """Whether a host of a job is this machine, by its name."""
+    return host in LOCAL_NAMES or host in (os.uname().nodename, os.uname().nodename.split(".")[0])
+
+
+def ssh_options(ssh: Ssh) -> list[str]:
+    """The words between ``ssh`` and the host: never ask for a password, notice a dead host within seconds."""
+    port = ["-p", str(ssh.port)] if ssh.port else []
+    identity = ["-i", ssh.identity] if ssh.identity else []
+    return ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *KEEPALIVE, *port, *identity]
+
+
+def ssh_argv(host: str, command: Sequence[str], ssh: Ssh) -> list[str]:
+    """What runs ``command`` on ``host``. The login shell there splits the words again, so they are quoted for it."""
+    return ["ssh", *ssh_options(ssh), "--", host, shlex.join(command)]
