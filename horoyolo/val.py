@@ -40,7 +40,7 @@ def validate(
     img = img or int(meta.get("img") or DEFAULT_IMG)
     if img % max(model.strides):
         raise InputError(f"--img {img}: a multiple of {max(model.strides)}, the largest stride, is wanted")
-    loader = build_eval_loader(EvalDataset(scanned, img), batch, comm, choose_num_workers(num_workers, comm.local_size()))
+    loader = build_eval_loader(EvalDataset(scanned, img, max(model.strides)), batch, comm, choose_num_workers(num_workers, comm.local_size()))
     model = model.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     metrics, _ = evaluate(model, loader, scanned, numerics, comm)
     if comm.rank() == 0:

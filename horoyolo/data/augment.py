@@ -37,13 +37,15 @@ class Geometry(NamedTuple):
     perspective: float = 0.0  # +/-, 0 to 0.001
 
 
-def letterbox(image: Image, hw: tuple[int, int], interpolation: int = cv2.INTER_LINEAR) -> tuple[Image, float, tuple[float, float]]:
-    """Fit an image into hw with its aspect kept and grey added on both sides.
+def letterbox(
+    image: Image, hw: tuple[int, int], interpolation: int = cv2.INTER_LINEAR, gain: float | None = None
+) -> tuple[Image, float, tuple[float, float]]:
+    """Scale an image by ``gain``, by default until it fits into hw, with its aspect kept and grey added on all sides up to hw.
 
     Returns the image (*hw, 3), the gain and the pad (x, y): a point of the original lies at gain * point + pad.
     """
     height, width = image.shape[:2]
-    gain = min(hw[0] / height, hw[1] / width)
+    gain = gain or min(hw[0] / height, hw[1] / width)
     new_h, new_w = scaled_hw((height, width), gain)
     if (new_h, new_w) != (height, width):
         image = cv2.resize(image, (new_w, new_h), interpolation=interpolation)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import math
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +34,7 @@ class Sample:
 class EvalSample:
     """An image to evaluate; a point of the original lies at gain * point + pad."""
 
-    image: Tensor  # (3, S, S) uint8 RGB
+    image: Tensor  # (3, H, W) uint8 RGB
     targets: Tensor  # (n, 5) float32: class, box_xywhn of the letterboxed image
     index: int  # in the split
     original_hw: tuple[int, int]
@@ -69,7 +71,7 @@ class TrainDataset:
         image, boxes = flip_ud(image, boxes, rng, hyper.flipud)
         image, boxes = flip_lr(image, boxes, rng, hyper.fliplr)
         pixels = _to_chw(image)
-        return Sample(torch.from_numpy(pixels), _to_targets(boxes, self.img), zlib.crc32(pixels.data), failed)
+        return Sample(torch.from_numpy(pixels), _to_targets(boxes, (self.img, self.img)), zlib.crc32(pixels.data), failed)
 
     def _mosaic(self, index: int, rng: np.random.Generator, failed: list[str]) -> Labelled:
         indices = rng.permutation([index, *rng.integers(len(self), size=3)])
@@ -98,12 +100,23 @@ class TrainDataset:
         return cv2.resize(image, hw[::-1], interpolation=cv2.INTER_AREA if shrink > 2 else cv2.INTER_LINEAR)
 
 
-class EvalDataset:
-    """Images as they are, letterboxed to a square, addressed by their index in the split."""
+def eval_hw(original_hw: tuple[int, int], img: int, stride: int) -> tuple[int, int]:
+    """Height and width at which an image is evaluated: its long side at ``img``, both sides up to the stride, half a stride of grey at least.
 
-    def __init__(self, split: Split, img: int) -> None:
+    As in YOLOv5's evaluation; but each image by itself, so that its detections depend neither on its neighbours nor on how images are shared out.
+    """
+    gain = img / max(original_hw)
+    height, width = (math.ceil(side * gain / stride + 0.5) * stride for side in original_hw)
+    return height, width
+
+
+class EvalDataset:
+    """Images as they are, letterboxed to a rectangle of their own shape, addressed by their index in the split."""
+
+    def __init__(self, split: Split, img: int, stride: int = 32) -> None:
         self.split = split
         self.img = img
+        self.shapes_hw = [eval_hw((int(height), int(width)), img, stride) for height, width in split.shapes_hw]
 
     def __len__(self) -> int:
         return len(self.split)
@@ -117,12 +130,13 @@ class EvalDataset:
         except DecodeError:  # its boxes stay: what can't be seen is missed
             original = np.full((height, width, 3), GREY, np.uint8)
             failed.append(self.split.relative_paths[index])
-        shrinks = max(height, width) > self.img
-        image, gain, pad = letterbox(original, (self.img, self.img), cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        gain = self.img / max(height, width)
+        hw = self.shapes_hw[index]
+        image, _, pad = letterbox(original, hw, cv2.INTER_AREA if gain < 1 else cv2.INTER_LINEAR, gain)
         boxes = _to_pixels(labels, (height, width))
         boxes[:, 1:] = boxes[:, 1:] * gain + np.array(pad * 2, np.float32)
         pixels = torch.from_numpy(_to_chw(image))
-        return EvalSample(pixels, _to_targets(boxes, self.img), index, (height, width), gain, pad, failed)
+        return EvalSample(pixels, _to_targets(boxes, hw), index, (height, width), gain, pad, failed)
 
 
 def _to_pixels(labels: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
@@ -132,10 +146,11 @@ def _to_pixels(labels: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
     return np.concatenate([labels[:, :1], centre - half, centre + half], axis=1)
 
 
-def _to_targets(boxes: np.ndarray, size: int) -> Tensor:
+def _to_targets(boxes: np.ndarray, hw: tuple[int, int]) -> Tensor:
     """class, box_xyxy in pixels (n, 5) -> class, box_xywhn (n, 5), clipped to the image."""
-    low, high = boxes[:, 1:3].clip(0, size), boxes[:, 3:5].clip(0, size)
-    targets = np.concatenate([boxes[:, :1], (low + high) / (2 * size), (high - low) / size], axis=1)
+    wh = np.array(hw[::-1], np.float32)
+    low, high = boxes[:, 1:3].clip(0, wh), boxes[:, 3:5].clip(0, wh)
+    targets = np.concatenate([boxes[:, :1], (low + high) / (2 * wh), (high - low) / wh], axis=1)
     return torch.from_numpy(targets.astype(np.float32))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import signal
@@ -10,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, Protocol
 
 import cv2
@@ -51,7 +51,7 @@ class Batch:
 class EvalBatch:
     """Letterboxed images; a point of an original lies at gain * point + pad."""
 
-    images: Tensor  # (B, 3, S, S) uint8 RGB
+    images: Tensor  # (B, 3, H, W) uint8 RGB
     targets: Tensor  # (M, 6) float32: image in this batch, class, box_xywhn of the letterboxed image
     indices: Tensor  # (B,) int64: image in the split
     original_hw: Tensor  # (B, 2) int64
@@ -77,8 +77,8 @@ def build_train_loader(dataset: TrainDataset, sampler: Sampler, comm: Place, num
 
 
 def build_eval_loader(dataset: EvalDataset, batch: int, comm: Place, num_workers: int, pin_memory: bool = False) -> DataLoader[Any]:
-    """A loader of `EvalBatch`es of up to `batch` images; over all workers each image comes exactly once."""
-    return _build(dataset, _EvalBatches(len(dataset), batch, comm), collate_eval, num_workers, pin_memory)
+    """A loader of `EvalBatch`es of up to `batch` images of one shape; over all workers each image comes exactly once."""
+    return _build(dataset, _EvalBatches(dataset.shapes_hw, batch, comm), collate_eval, num_workers, pin_memory)
 
 
 def choose_num_workers(requested: int, local_size: int) -> int:
@@ -129,19 +129,21 @@ class _TrainBatches:
 
 @dataclass
 class _EvalBatches:
-    num_samples: int
+    shapes_hw: list[tuple[int, int]]
     batch: int
     comm: Place
 
-    def _share(self) -> range:
-        return share(self.num_samples, self.comm.rank(), self.comm.size())
+    def _batches(self) -> list[list[int]]:
+        by_shape = sorted(range(len(self.shapes_hw)), key=self.shapes_hw.__getitem__)
+        mine = share(len(by_shape), self.comm.rank(), self.comm.size())
+        groups = (list(group) for _, group in groupby(by_shape[mine.start : mine.stop], self.shapes_hw.__getitem__))
+        return [group[start : start + self.batch] for group in groups for start in range(0, len(group), self.batch)]
 
     def __iter__(self) -> Iterator[list[int]]:
-        mine = self._share()
-        return (list(mine[start : start + self.batch]) for start in range(0, len(mine), self.batch))
+        return iter(self._batches())
 
     def __len__(self) -> int:
-        return math.ceil(len(self._share()) / self.batch)
+        return len(self._batches())
 
 
 def _build(dataset: Any, batches: Any, collate: Any, num_workers: int, pin_memory: bool) -> DataLoader[Any]:

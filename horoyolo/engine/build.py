@@ -152,7 +152,7 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
         sampler=sampler,
         loader=build_train_loader(train_data, sampler, comm, num_workers, pin_memory),
         val_split=val_split,
-        val_loader=build_eval_loader(EvalDataset(val_split, config.img), config.batch, comm, num_workers, pin_memory),
+        val_loader=build_eval_loader(EvalDataset(val_split, config.img, max(model.strides)), config.batch, comm, num_workers, pin_memory),
         progress=progress,
         state=state,
     )

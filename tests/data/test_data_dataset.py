@@ -16,7 +16,7 @@ import torch
 
 from horoyolo.config import Hyper
 from horoyolo.data.augment import GREY
-from horoyolo.data.dataset import EvalDataset, TrainDataset
+from horoyolo.data.dataset import EvalDataset, TrainDataset, eval_hw
 from horoyolo.data.loader import Batch, build_eval_loader, build_train_loader, choose_num_workers
 from horoyolo.data.sampler import Key, Sampler
 from horoyolo.data.scan import Split, scan_split
@@ -89,15 +89,21 @@ def test_without_augmentation_training_sees_the_letterboxed_image(split: Split) 
     plain = Hyper(mosaic=0, scale=0, translate=0, fliplr=0, hsv_h=0, hsv_s=0, hsv_v=0)
     sample = TrainDataset(split, 320, plain, seed=0)[Key(0, 0, 3)]
     expected = EvalDataset(split, 320)[3]
-    assert (sample.image.int() - expected.image.int()).abs().float().mean() < 2  # faster decoding, else the same
-    assert torch.allclose(sample.targets, expected.targets, atol=1e-6)
+    top, left = (sample.image.shape[1] - 240) // 2, 0
+    pad_x, pad_y = (round(value) for value in expected.pad)
+    seen, wanted = sample.image[:, top : top + 240, left:], expected.image[:, pad_y : pad_y + 240, pad_x : pad_x + 320]
+    assert (seen.int() - wanted.int()).abs().float().mean() < 2  # faster decoding, else the same
+    in_pixels = sample.targets[:, 1:] * 320 - torch.tensor([left, top, 0, 0])
+    height, width = expected.image.shape[1:]
+    wanted_pixels = expected.targets[:, 1:] * torch.tensor([width, height, width, height]) - torch.tensor([pad_x, pad_y, 0, 0])
+    assert torch.allclose(in_pixels, wanted_pixels, atol=1e-3)
 
 
 def test_eval_sample_maps_back_to_the_original(split: Split) -> None:
     for index in range(len(split)):
         sample = EvalDataset(split, IMG)[index]
         height, width = sample.original_hw
-        centres = sample.targets[:, 1:3].numpy() * IMG
+        centres = sample.targets[:, 1:3].numpy() * sample.image.shape[:0:-1]
         original = (centres - np.array(sample.pad)) / sample.gain / (width, height)
         assert np.allclose(original, split.labels[index][:, 1:3], atol=1e-4)
         assert sample.index == index
@@ -213,10 +219,27 @@ def test_evaluation_scores_each_image_once(split: Split, size: int) -> None:
         batches = list(loader)
         assert len(batches) == len(loader)
         for batch in batches:
-            assert batch.images.shape == (len(batch.indices), 3, IMG, IMG)
+            assert batch.images.shape == (len(batch.indices), 3, *dataset.shapes_hw[batch.indices[0]])
             assert batch.original_hw.shape == batch.pads.shape == (len(batch), 2)
             indices += batch.indices.tolist()
-    assert indices == list(range(len(split)))
+    assert sorted(indices) == list(range(len(split)))
+
+
+def test_images_of_different_shapes_are_not_batched_together(split: Split) -> None:
+    dataset = EvalDataset(split, IMG)
+    dataset.shapes_hw[::2] = [(32, 96)] * len(dataset.shapes_hw[::2])
+    batches = list(build_eval_loader(dataset, 4, Place(0, 1), 0).batch_sampler)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(split)))
+    assert all(len({dataset.shapes_hw[index] for index in batch}) == 1 for batch in batches)
+    assert max(map(len, batches)) == 4
+
+
+@pytest.mark.parametrize(
+    ("original_hw", "img", "stride", "expected"),
+    [((480, 640), 320, 32, (256, 352)), ((640, 480), 320, 32, (352, 256)), ((500, 500), 640, 64, (704, 704)), ((10, 1000), 320, 32, (32, 352))],
+)
+def test_images_are_evaluated_at_their_own_shape(original_hw, img, stride, expected) -> None:
+    assert eval_hw(original_hw, img, stride) == expected
 
 
 def test_number_of_loader_processes() -> None:
