@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
+scripts/setup_lab.sh
 . .venv/bin/activate
 ruff check .
 mypy
