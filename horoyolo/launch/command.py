@@ -1,44 +1,53 @@
-"""A job and its hosts become the command line that starts it: pure functions, so that a dry run can print exactly what would run."""
+"""A job and its hosts become the command line that starts it: pure functions, so that a dry run can print exactly what would run.
+
+Launchers paste some of their words into shells without quotes, of this machine and of the others:
+
+- Horovod's ``gloo_run`` the working directory (``cd DIR`` behind ssh), names of variables, the interface; ``util/remote`` host, port and
+  key file; ``driver_service``, which looks for interfaces, the path of Python, and with it the key of the job's messages;
+- Horovod's ``mpi_run`` hosts, interfaces, names of variables, ssh's words, and whatever ``--mpi-args`` holds;
+- Open MPI the values of its settings (MCA parameters, so also ``OMPI_MCA_...`` and ssh's words), behind ssh.
+
+So hosts, interface, key file and settings must be plain words, the interface is always given, horovodrun starts in ``/`` and its workers
+enter their folder by themselves (``env -C``). What workers run and the values of variables may hold anything: launchers quote these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Sequence
 
-from horoyolo.launch.hosts import Host
+from horoyolo.config import InputError
+from horoyolo.launch.environment import NAME, threads_per_worker, worker_env
+from horoyolo.launch.hosts import Host, is_address_6, render_host_list, take_slots
+from horoyolo.launch.job import Job, all_local
+from horoyolo.launch.remote import Ssh, is_local, ssh_options
 
-# Left to itself, glibc hands large blocks back to the kernel at once and gets them again, zeroed page by page, a moment later: activations every
-# step, Gloo's buffers every exchange. Kept, a CPU step of YOLOv5s with an exchange took 0 page faults instead of 14,000, and a tenth less time.
-KEEP_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
+__all__ = ["LAUNCHERS", "Job", "build_command", "direct_command", "launcher_folder", "threads_per_worker", "worker_env"]
 
-
-@dataclass(frozen=True)
-class Job:
-    """Some workers that all run the same command."""
-
-    num_workers: int
-    argv: tuple[str, ...]  # what each worker runs
-    env: Mapping[str, str] = field(default_factory=dict)  # added to the environment of this process
-    as_root: bool = False  # Open MPI wants to be told
+PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./^-]+")  # means itself in every shell
+INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,14}")
+NO_ROUTE = "lo,docker0"  # of the same address on every host, or of one that leads nowhere
+MANY_HOSTS = 64  # from here on Open MPI's daemons would start each other, by ssh between all of them
 
 
-def threads_per_worker(num_workers: int, num_cores: int) -> int:
-    """Cores of this machine for each of its workers, at least one."""
-    return max(1, num_cores // num_workers)
+def build_command(job: Job, hosts: Sequence[Host], launcher: str) -> list[str]:
+    """The words that start a job: of its launcher, or of the worker itself where there is one, here.
 
-
-def worker_env(num_workers: int, num_cores: int, user_env: Mapping[str, str]) -> dict[str, str]:
-    """What workers need in their environment besides the user's own, which wins.
-
-    Without a thread count each worker would take every core, and all of them would get in each other's way.
+    Workers fill the hosts' slots one host after the other. Raises InputError when the launcher is not known, the slots don't suffice, or
+    the launcher can't be told something safely.
     """
-    env = {"OMP_NUM_THREADS": str(threads_per_worker(num_workers, num_cores)), "HOROVOD_FUSION_THRESHOLD": "0", **KEEP_MEMORY}
-    return {name: value for name, value in env.items() if name not in user_env}
+    if launcher not in LAUNCHERS:
+        raise InputError(f"unknown launcher {launcher!r} (--launcher): known are {', '.join(LAUNCHERS)}")
+    hosts = take_slots(hosts, job.num_workers)
+    if job.num_workers == 1 and all_local(hosts):
+        return direct_command(job, hosts)
+    check_words(job, hosts, launcher)
+    return LAUNCHERS[launcher](job, hosts)
+
+
+def launcher_folder(hosts: Sequence[Host], launcher: str) -> str | None:
+    """Where the launcher's process must be started; None where it is the user's own folder."""
+    return "/" if launcher == "horovodrun" and not all_local(hosts) else None
 
 
 def direct_command(job: Job, hosts: Sequence[Host]) -> list[str]:
@@ -47,31 +56,106 @@ def direct_command(job: Job, hosts: Sequence[Host]) -> list[str]:
 
 
 def horovodrun_command(job: Job, hosts: Sequence[Host]) -> list[str]:
-    """Workers over Gloo, which needs nothing installed besides Horovod. horovodrun hands its own environment on to them."""
-    return ["horovodrun", "-np", str(job.num_workers), "-H", _host_list(hosts), "--gloo", *_local_interface(hosts), *job.argv]
+    """Workers over Gloo, which needs nothing installed besides Horovod, or over MPI. horovodrun hands its own environment on to them.
+
+    Hosts go by ``-H``: its reader of hostfiles fails on comments and blank lines. Its notes on hosts that were fine within the last hour
+    (``~/.horovod``) are not used: they may be wrong by now.
+    """
+    where = ["horovodrun", "-np", str(job.num_workers), "-H", render_host_list(hosts), f"--{job.transport}"]
+    if all_local(hosts):
+        # The only one that it takes then; untold it would pick any that has the address 127.0.0.1.
+        return [*where, "--network-interfaces", "lo", *job.argv]
+    ssh = ssh_of(job, hosts)
+    port = ["-p", str(ssh.port)] if ssh.port else []
+    identity = ["-i", ssh.identity] if ssh.identity else []
+    # Over MPI the daemons of Open MPI take any interface unless they are told as well.
+    daemons = [f"--mpi-args=-mca oob_tcp_if_include {job.nic}"] if job.transport == "mpi" else []
+    return [*where, "--network-interfaces", job.nic, *daemons, *port, *identity, "--disable-cache", *_entering(job), *job.argv]
 
 
 def mpirun_command(job: Job, hosts: Sequence[Host]) -> list[str]:
-    """Workers over Open MPI (docs/mpi.rst of Horovod): unbound, since it would otherwise give each worker one core for all its threads."""
+    """Workers over Open MPI (docs/mpi.rst of Horovod): unbound, since it would otherwise give each worker one core for all its threads;
+    plain TCP for its own messages, since its RDMA is known to crash with NCCL's."""
     root = ["--allow-run-as-root"] if job.as_root else []
-    exported = [word for name in sorted(job.env) for word in ("-x", name)]
     return [
-        *("mpirun", *root, "-np", str(job.num_workers), "-H", _host_list(hosts)),
+        *("mpirun", *root, "-np", str(job.num_workers), "-H", render_host_list(hosts)),
         *("-bind-to", "none", "-map-by", "slot", "-mca", "pml", "ob1", "-mca", "btl", "^openib"),
-        *(*exported, *job.argv),
+        *([] if all_local(hosts) else _mpirun_between_hosts(job, hosts)),
+        *(word for name in sorted(job.env) for word in ("-x", name)),
+        *job.argv,
     ]
+
+
+def hydra_command(job: Job, hosts: Sequence[Host]) -> list[str]:
+    """Workers over MPICH or Intel MPI, by the launcher that both have; what each takes for ssh's options is in the environment.
+
+    Its host lists differ between the two as soon as hosts have different slots, so each host then gets a section of its own.
+    """
+    everywhere = ["-bootstrap", "ssh", *(["-iface", job.nic] if job.nic else [])]
+    environment = ["-genvlist", ",".join(sorted(job.env)), "-genv", "I_MPI_PIN", "0"]  # Intel MPI would bind each worker to a share of the cores
+    folder = ["-wdir", job.cwd] if job.cwd and not all_local(hosts) else []
+    if len({host.slots for host in hosts}) == 1:
+        names = ",".join(host.name for host in hosts)
+        placed = ["-hosts", names, "-ppn", str(hosts[0].slots), "-n", str(job.num_workers), *folder, *job.argv]
+    else:
+        sections = [["-host", host.name, "-n", str(host.slots), *folder, *job.argv] for host in hosts]
+        placed = [word for section in sections for word in (":", *section)][1:]
+    return ["mpiexec.hydra", *everywhere, *environment, *placed]
 
 
 LAUNCHERS: dict[str, Callable[[Job, Sequence[Host]], list[str]]] = {
     "horovodrun": horovodrun_command,
     "mpirun": mpirun_command,
+    "hydra": hydra_command,
 }
 
 
-def _host_list(hosts: Sequence[Host]) -> str:
-    return ",".join(f"{host.name}:{host.slots}" for host in hosts)
+def check_words(job: Job, hosts: Sequence[Host], launcher: str) -> None:
+    """Raises InputError for what a launcher can't be told, or not without a shell taking it for something else."""
+    ssh_of(job, hosts)
+    for host in hosts:
+        if is_address_6(host.name) and not all_local(hosts):
+            raise InputError(f"{launcher} takes no IPv6 address ({host.name}): give the host a name in DNS or /etc/hosts")
+        if host.name == "localhost" and len(hosts) > 1:
+            raise InputError("localhost among other hosts: the name by which the others reach this machine is wanted")
+    if job.transport not in ("gloo", "mpi"):
+        raise InputError(f"unknown transport {job.transport!r} (--transport): known are gloo, mpi")
+    if job.nic and not INTERFACE.fullmatch(job.nic):
+        raise InputError(f"{job.nic!r} is no interface (--nic): one name such as eth0 is wanted")
+    if launcher == "horovodrun" and not job.nic and not all_local(hosts):
+        raise InputError("horovodrun between hosts needs --nic: the name of the interface by which they reach each other, such as eth0")
+    if job.ssh.identity and not PLAIN.fullmatch(job.ssh.identity):
+        raise InputError(f"{launcher} can't be told the key file {job.ssh.identity!r} safely: name it in ~/.ssh/config (IdentityFile)")
+    for name, value in job.env.items():
+        if not NAME.fullmatch(name):
+            raise InputError(f"{name!r} in the environment of the workers: letters, digits and '_' make a name")
+        if name.startswith("OMPI_MCA_") and not PLAIN.fullmatch(value):
+            raise InputError(f"{name}={value!r}: Open MPI hands it to the other hosts' shells, where letters, digits and @%+=:,./^_- are safe")
+    if "=" in job.argv[0]:
+        raise InputError(f"{job.argv[0]!r} can't be run by a launcher: its path would be taken for a variable because of the '='")
 
 
-def _local_interface(hosts: Sequence[Host]) -> list[str]:
-    """Loopback where all workers are here: horovodrun would pick any interface, and not the same one each time."""
-    return ["--network-interfaces", "lo"] if all(host.name == "localhost" for host in hosts) else []
+def ssh_of(job: Job, hosts: Sequence[Host]) -> Ssh:
+    """How a launcher logs in, which it does alike for all hosts; raises InputError when the hosts' ports differ."""
+    ports = {host.port or job.ssh.port for host in hosts if not is_local(host.name)}
+    if len(ports) > 1:
+        raise InputError(f"ssh ports differ between hosts ({', '.join(sorted(map(str, ports)))}): launchers take one; put them into ~/.ssh/config")
+    return Ssh(next(iter(ports), job.ssh.port), job.ssh.identity)
+
+
+def _entering(job: Job) -> list[str]:
+    """Enter the job's folder, and take variables that horovodrun would hold back or replace by its own."""
+    lost = [f"{name}={value}" for name, value in sorted(job.env.items()) if name == "NCCL_SOCKET_IFNAME" or "CUDA_VISIBLE_DEVICES" in name]
+    words = [*(["-C", job.cwd] if job.cwd else []), *lost]
+    return ["env", *words] if words else []
+
+
+def _mpirun_between_hosts(job: Job, hosts: Sequence[Host]) -> list[str]:
+    many = ["-mca", "plm_rsh_no_tree_spawn", "true", "-mca", "plm_rsh_num_concurrent", str(len(hosts))] if len(hosts) >= MANY_HOSTS else []
+    if job.nic:
+        interface = ["-mca", "btl_tcp_if_include", job.nic, "-mca", "oob_tcp_if_include", job.nic]
+    else:
+        interface = ["-mca", "btl_tcp_if_exclude", NO_ROUTE, "-mca", "oob_tcp_if_exclude", NO_ROUTE]
+    nccl = [] if "NCCL_SOCKET_IFNAME" in job.env else ["-x", f"NCCL_SOCKET_IFNAME={job.nic or '^' + NO_ROUTE}"]
+    folder = ["-wdir", job.cwd] if job.cwd else []
+    return ["-mca", "plm_rsh_args", " ".join(ssh_options(ssh_of(job, hosts))), *many, *interface, *nccl, *folder]

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from horoyolo.launch.command import Job, direct_command, horovodrun_command, mpirun_command, threads_per_worker, worker_env
-from horoyolo.launch.hosts import Host, local_hosts
+from horoyolo.launch.hosts import local_hosts
 
 JOB = Job(2, ("python", "-m", "horoyolo", "train"), env={"OMP_NUM_THREADS": "1", "B": "x y"})
 
@@ -14,10 +14,6 @@ JOB = Job(2, ("python", "-m", "horoyolo", "train"), env={"OMP_NUM_THREADS": "1",
 def test_horovodrun_command():
     command = "horovodrun -np 2 -H localhost:2 --gloo --network-interfaces lo python -m horoyolo train"
     assert horovodrun_command(JOB, local_hosts(2)) == command.split()
-
-
-def test_horovodrun_chooses_the_interface_between_hosts():
-    assert "--network-interfaces" not in horovodrun_command(JOB, [Host("a", 1), Host("b", 1)])
 
 
 def test_mpirun_command():

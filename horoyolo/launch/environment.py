@@ -1,0 +1,133 @@
+"""Which variables reach the workers, and what the launcher's own process finds in its environment.
+
+horovodrun writes its whole environment on ssh's command line, where every user of every host can read it. So variables travel by an
+allow-list, nothing that may be a secret travels at all, and the launcher of a job on other machines starts with the allowed ones alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from horoyolo.config import InputError
+from horoyolo.launch.hosts import Host, expand_counts
+from horoyolo.launch.job import Job, all_local
+from horoyolo.launch.remote import ssh_options
+
+# What programs, libraries and their tuning need. HOME and TMPDIR are each machine's own; so are the devices that it shows (CUDA_VISIBLE_DEVICES).
+NAMES = (
+    *("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "LANG", "LANGUAGE", "TZ", "TERM"),
+    *("NO_COLOR", "NO_ALBUMENTATIONS_UPDATE"),
+    *("NCCL_IB_PKEY", "UCX_IB_PKEY"),  # numbers of InfiniBand partitions: no secrets, whatever they are called
+)
+PREFIXES = (
+    *("PYTHON", "LC_", "OMP_", "GOMP_", "MKL_", "KMP_", "OPENBLAS_", "MALLOC_", "TORCH_", "PYTORCH_", "HOROYOLO_"),
+    *("CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_", "NCCL_", "HOROVOD_", "GLOO_", "OMPI_MCA_", "PMIX_MCA_", "UCX_", "FI_", "MPICH_", "I_MPI_"),
+)
+SECRET = re.compile(r"KEY|SECRET|TOKEN|PASS|PWD|CREDENTIAL|AUTH")
+# Devices are numbered by each machine; the rest is told to a worker by its own launcher, not by one around this launcher.
+OWN = re.compile(
+    r"CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES|HOROVOD_(RANK|SIZE|(LOCAL|CROSS)_(RANK|SIZE)|HOSTNAME|ELASTIC)"
+    r"|HOROVOD_GLOO_(RENDEZVOUS_.*|IFACE)|HOROYOLO_STATUS_DIR"
+)
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+# What the launchers' processes need besides. ssh finds its agent by it; MPI's launchers hand on no more than they are told.
+OF_EVERY_LAUNCHER = re.compile(r"SSH_AUTH_SOCK")
+OF_MPI = re.compile(r"SSH_AUTH_SOCK|HOME|USER|LOGNAME|TMPDIR|SLURM_.*")
+# Inside LSF Horovod would ask the tools of one machine, Summit, for the hosts.
+MISLEADING = ("LSB_JOBID",)
+
+SSH_WRAPPER = Path(__file__).parent / "bin"
+
+# Left to itself, glibc hands large blocks back to the kernel at once and gets them again, zeroed page by page, a moment later: activations every
+# step, Gloo's buffers every exchange. Kept, a CPU step of YOLOv5s with an exchange took 0 page faults instead of 14,000, and a tenth less time.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+GLOO_TIMEOUT_S = 120  # by default 30: less than an import of torch may take from a busy file server, and whoever waits for it then aborts
+
+
+def travelling_env(env: Mapping[str, str], named: Sequence[str] = ()) -> dict[str, str]:
+    """The variables of ``env`` that workers on any machine get: those of the allow-list, and those ``named`` by the user (``-x NAME``).
+
+    Raises InputError for a named one that is not set, is no name, or may be a secret.
+    """
+    for name in named:
+        if not NAME.fullmatch(name):
+            raise InputError(f"-x {name!r}: the name of a variable is wanted")
+        if is_secret(name):
+            raise InputError(f"-x {name}: it may be a secret, and other users can read it on command lines; put it into a file")
+        if name not in env:
+            raise InputError(f"-x {name}: it is not set here")
+    return {name: env[name] for name in sorted(env) if name in named or travels(name)}
+
+
+def travels(name: str) -> bool:
+    """Whether a variable is on the allow-list."""
+    tuning = name.startswith(PREFIXES) and NAME.fullmatch(name) and not OWN.fullmatch(name) and not is_secret(name)
+    return name in NAMES or bool(tuning)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable's name is one of those that secrets have."""
+    return bool(SECRET.search(name.upper()))
+
+
+def threads_per_worker(num_workers: int, num_cores: int) -> int:
+    """Cores of a machine for each of its workers, at least one."""
+    return max(1, num_cores // num_workers)
+
+
+def worker_env(num_workers: int, num_cores: int | None, user_env: Mapping[str, str]) -> dict[str, str]:
+    """What workers need in their environment besides the user's own, which wins.
+
+    ``num_workers`` share ``num_cores``, those of one machine: without a thread count each worker would take every core, and all of them
+    would get in each other's way. None leaves the count to the workers (``threads_here``): the cores of other machines are not known here.
+    """
+    threads = {"OMP_NUM_THREADS": str(threads_per_worker(num_workers, num_cores))} if num_cores else {}
+    env = {**threads, "HOROVOD_FUSION_THRESHOLD": "0", "HOROVOD_GLOO_TIMEOUT_SECONDS": str(GLOO_TIMEOUT_S), **KEEP_MEMORY}
+    return {name: value for name, value in env.items() if name not in user_env}
+
+
+def job_env(hosts: Sequence[Host], num_cores: int, user_env: Mapping[str, str], named: Sequence[str] = ()) -> dict[str, str]:
+    """All variables of a job's workers, ``Job.env``; ``num_cores`` are those of this machine. Raises InputError as ``travelling_env`` does."""
+    own_cores = num_cores if all_local(hosts) else None
+    return {**travelling_env(user_env, named), **worker_env(max(host.slots for host in hosts), own_cores, user_env)}
+
+
+def threads_here(env: Mapping[str, str], num_cores: int) -> int:
+    """Threads for the worker that runs in ``env`` on a machine with ``num_cores``: its share among the workers there, by what launchers say."""
+    if env.get("SLURM_STEP_NUM_TASKS") and env.get("SLURM_CPUS_PER_TASK"):
+        return int(env["SLURM_CPUS_PER_TASK"])
+    for name in ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
+        if env.get(name):
+            return threads_per_worker(int(env[name]), num_cores)
+    if env.get("SLURM_STEP_TASKS_PER_NODE"):
+        return threads_per_worker(expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])[int(env.get("SLURM_NODEID", "0"))], num_cores)
+    return num_cores
+
+
+def launcher_env(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun", environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The whole environment of the launcher's process: that of here (or ``environ``) where all workers are here, else the job's alone.
+
+    Programs of this Python come first on its PATH, and before them, where there are other machines, an ssh that notices dead ones.
+    """
+    here = os.environ if environ is None else environ
+    local = all_local(hosts)
+    kept = OF_EVERY_LAUNCHER if launcher == "horovodrun" else OF_MPI
+    env = {name: value for name, value in here.items() if (local or kept.fullmatch(name)) and name not in MISLEADING}
+    env.update(job.env)
+    if launcher == "hydra" and not local:
+        # Where MPICH, then Intel MPI, look for more words for ssh; they have no flag in common.
+        extra = " ".join(ssh_options(job.ssh))
+        env |= {"HYDRA_LAUNCHER_EXTRA_ARGS": extra, "I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS": extra}
+    path = [str(Path(sys.executable).parent), env.get("PATH") or here.get("PATH", os.defpath)]
+    env["PATH"] = os.pathsep.join(path if local else [str(SSH_WRAPPER), *path])
+    return env
