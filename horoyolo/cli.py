@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import shlex
 import sys
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from horoyolo import __version__
 from horoyolo import config as configuration
 from horoyolo.config import Config, InputError
+from horoyolo.files import atomic_file
 from horoyolo.launch.status import announce_worker, report_status
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -258,6 +260,27 @@ def check_job(words: list[str], num_workers: int) -> None:
     load_data_spec(config.data)
 
 
+def _describe_doctor(parser: _Parser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", metavar="FILE", help="hosts and slots as Open MPI, MPICH or PBS write them")
+    where.add_argument("--hosts", "-H", metavar="a:4,b:4", help="hosts and slots; without any: this machine")
+    parser.add_argument("--data", metavar="YAML", default="", help="compare the data set too")
+    parser.add_argument("--nic", metavar="IF", default="", help="network interface that workers are to use")
+    parser.add_argument("--json", metavar="FILE", default=None, help="file for all findings and figures")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from horoyolo.launch.doctor import run_doctor
+    from horoyolo.launch.hosts import local_hosts, parse_host_list, read_hostfile
+
+    if parsed.hostfile:
+        hosts = read_hostfile(parsed.hostfile)
+    else:
+        hosts = parse_host_list(parsed.hosts) if parsed.hosts else local_hosts(1)
+    return run_doctor(hosts, parsed.data, parsed.nic, parsed.json)
+
+
 def _describe_data(parser: _Parser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     convert = actions.add_parser("convert", help="another format to YOLO folders and a data.yaml")
@@ -274,6 +297,8 @@ def _describe_data(parser: _Parser) -> None:
         sub_parser.add_argument("--names", nargs="+", default=None, help="classes in this order; else alphabetical")
     check = actions.add_parser("check", help="scan images and labels and tell what is wrong with them")
     check.add_argument("--data", required=True, metavar="YAML")
+    check.add_argument("--splits", nargs="+", default=None, choices=("train", "val", "test"), help="look at these alone")
+    check.add_argument("--json", metavar="FILE", default="", help="file for the figures and the hash of the content; - prints them instead")
     check.set_defaults(run=_check_data)
     synth = actions.add_parser("synth", help="a small synthetic data set")
     synth.add_argument("--out", required=True, metavar="DIR")
@@ -297,9 +322,17 @@ def _convert_coco(parsed: argparse.Namespace) -> int:
 def _check_data(parsed: argparse.Namespace) -> int:
     from horoyolo.data.scan import scan_split
     from horoyolo.data.spec import load_data_spec
+    from horoyolo.data.staging import describe_content
 
     spec = load_data_spec(parsed.data)
-    return _print_lines([line for split in spec.splits for line in scan_split(spec, split).report.lines()])
+    splits = [scan_split(spec, split) for split in parsed.splits or spec.splits]
+    content = json.dumps(describe_content(splits))
+    if parsed.json == "-":
+        return _print_lines([content])
+    if parsed.json:
+        with atomic_file(parsed.json, "w") as stream:
+            stream.write(content + "\n")
+    return _print_lines([line for split in splits for line in split.report.lines()])
 
 
 def _synthesise(parsed: argparse.Namespace) -> int:
@@ -359,6 +392,7 @@ COMMANDS: dict[str, tuple[Callable[[_Parser], None], str]] = {
     "val": (_describe_val, "score weights on a data set"),
     "predict": (_describe_predict, "find objects in images"),
     "launch": (_describe_launch, "start the workers of a job"),
+    "doctor": (_describe_doctor, "find out what is wrong with hosts before a job does"),
     "data": (_describe_data, "convert, check and make data sets"),
     "bench": (_describe_bench, "measure this machine"),
 }
