@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from horoyolo.config import InputError
 from horoyolo.launch.environment import NAME, threads_per_worker, worker_env
 from horoyolo.launch.hosts import Host, is_address_6, render_host_list, take_slots
-from horoyolo.launch.job import Job, all_local
-from horoyolo.launch.remote import Ssh, is_local, ssh_options
+from horoyolo.launch.job import Job, all_local, ssh_of
+from horoyolo.launch.remote import ssh_options
 
 __all__ = ["LAUNCHERS", "Job", "build_command", "direct_command", "launcher_folder", "threads_per_worker", "worker_env"]
 
@@ -133,14 +133,6 @@ def check_words(job: Job, hosts: Sequence[Host], launcher: str) -> None:
             raise InputError(f"{name}={value!r}: Open MPI hands it to the other hosts' shells, where letters, digits and @%+=:,./^_- are safe")
     if "=" in job.argv[0]:
         raise InputError(f"{job.argv[0]!r} can't be run by a launcher: its path would be taken for a variable because of the '='")
-
-
-def ssh_of(job: Job, hosts: Sequence[Host]) -> Ssh:
-    """How a launcher logs in, which it does alike for all hosts; raises InputError when the hosts' ports differ."""
-    ports = {host.port or job.ssh.port for host in hosts if not is_local(host.name)}
-    if len(ports) > 1:
-        raise InputError(f"ssh ports differ between hosts ({', '.join(sorted(map(str, ports)))}): launchers take one; put them into ~/.ssh/config")
-    return Ssh(next(iter(ports), job.ssh.port), job.ssh.identity)
 
 
 def _entering(job: Job) -> list[str]:

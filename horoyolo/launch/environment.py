@@ -14,7 +14,7 @@ from pathlib import Path
 
 from horoyolo.config import InputError
 from horoyolo.launch.hosts import Host, expand_counts
-from horoyolo.launch.job import Job, all_local
+from horoyolo.launch.job import Job, all_local, ssh_of
 from horoyolo.launch.remote import ssh_options
 
 # What programs, libraries and their tuning need. HOME and TMPDIR are each machine's own; so are the devices that it shows (CUDA_VISIBLE_DEVICES).
@@ -35,9 +35,10 @@ OWN = re.compile(
 )
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
-# What the launchers' processes need besides. ssh finds its agent by it; MPI's launchers hand on no more than they are told.
-OF_EVERY_LAUNCHER = re.compile(r"SSH_AUTH_SOCK")
-OF_MPI = re.compile(r"SSH_AUTH_SOCK|HOME|USER|LOGNAME|TMPDIR|SLURM_.*")
+# What the launcher's own process needs of its user: ssh's agent, and Open MPI's settings and allocation; that one tells no more than it is told.
+KEPT = ("SSH_AUTH_SOCK",)
+KEPT_BY_MPI = (*KEPT, "HOME", "USER", "LOGNAME", "TMPDIR")
+ALLOCATION = "SLURM_"
 # Inside LSF Horovod would ask the tools of one machine, Summit, for the hosts.
 MISLEADING = ("LSB_JOBID",)
 
@@ -97,9 +98,14 @@ def worker_env(num_workers: int, num_cores: int | None, user_env: Mapping[str, s
 
 
 def job_env(hosts: Sequence[Host], num_cores: int, user_env: Mapping[str, str], named: Sequence[str] = ()) -> dict[str, str]:
-    """All variables of a job's workers, ``Job.env``; ``num_cores`` are those of this machine. Raises InputError as ``travelling_env`` does."""
-    own_cores = num_cores if all_local(hosts) else None
-    return {**travelling_env(user_env, named), **worker_env(max(host.slots for host in hosts), own_cores, user_env)}
+    """The variables of a job's workers, ``Job.env``; ``num_cores`` are those of this machine, whose workers have the user's variables anyway.
+
+    Raises InputError as ``travelling_env`` does.
+    """
+    travelling = travelling_env(user_env, named)
+    local = all_local(hosts)
+    most = max(host.slots for host in hosts)
+    return {**({} if local else travelling), **worker_env(most, num_cores if local else None, user_env)}
 
 
 def threads_here(env: Mapping[str, str], num_cores: int) -> int:
@@ -115,19 +121,31 @@ def threads_here(env: Mapping[str, str], num_cores: int) -> int:
 
 
 def launcher_env(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun", environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The whole environment of the launcher's process: that of here (or ``environ``) where all workers are here, else the job's alone.
+    """The whole environment of the launcher's process: that of here (or ``environ``) where all workers are here, else little but the job's.
 
     Programs of this Python come first on its PATH, and before them, where there are other machines, an ssh that notices dead ones.
     """
     here = os.environ if environ is None else environ
     local = all_local(hosts)
-    kept = OF_EVERY_LAUNCHER if launcher == "horovodrun" else OF_MPI
-    env = {name: value for name, value in here.items() if (local or kept.fullmatch(name)) and name not in MISLEADING}
-    env.update(job.env)
+    env = {name: value for name, value in here.items() if name not in MISLEADING} if local else kept_env(here, launcher)
+    return {**env, **added_env(job, hosts, launcher, here)}
+
+
+def kept_env(environ: Mapping[str, str], launcher: str) -> dict[str, str]:
+    """What the launcher of a job on other machines finds of the environment it was started in."""
+    if launcher == "horovodrun":  # hands all of it on
+        return {name: environ[name] for name in KEPT if name in environ}
+    return {name: value for name, value in environ.items() if name in KEPT_BY_MPI or name.startswith(ALLOCATION)}
+
+
+def added_env(job: Job, hosts: Sequence[Host], launcher: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """What the launcher finds besides: the job's variables, a PATH, and what Hydra reads."""
+    env = dict(job.env)
+    local = all_local(hosts)
     if launcher == "hydra" and not local:
         # Where MPICH, then Intel MPI, look for more words for ssh; they have no flag in common.
-        extra = " ".join(ssh_options(job.ssh))
+        extra = " ".join(ssh_options(ssh_of(job, hosts)))
         env |= {"HYDRA_LAUNCHER_EXTRA_ARGS": extra, "I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS": extra}
-    path = [str(Path(sys.executable).parent), env.get("PATH") or here.get("PATH", os.defpath)]
+    path = [str(Path(sys.executable).parent), env.get("PATH") or environ.get("PATH", os.defpath)]
     env["PATH"] = os.pathsep.join(path if local else [str(SSH_WRAPPER), *path])
     return env
