@@ -10,7 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the lab is no package: scripts/lab.sh runs it without pytest and without horoyolo
 
+import slurmlab
 from netlab import Lab, missing
+from slurmlab import Slurm
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +40,14 @@ def make_lab(_lab_possible: None) -> Iterator[Callable[[int], Lab]]:
 def lab(make_lab: Callable[[int], Lab]) -> Lab:
     """Three hosts, fresh for each test: node1, node2, node3."""
     return make_lab(3)
+
+
+@pytest.fixture
+def slurm(make_lab: Callable[[int], Lab]) -> Slurm:
+    """A fresh Slurm on two hosts, node1 and node2; ``slurm.lab`` is their lab."""
+    lack = slurmlab.missing()
+    if lack:
+        pytest.skip(f"no Slurm on this machine; it lacks {lack}")
+    slurm = Slurm(make_lab(2))
+    slurm.up()
+    return slurm

@@ -86,7 +86,6 @@ Host *
 HOST_SETUP = """\
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
-mount -t cgroup2 none /sys/fs/cgroup 2>/dev/null || true  # slurmd looks for one
 mount -t tmpfs -o mode=755 tmpfs /run
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mkdir -m 755 /run/sshd
@@ -113,7 +112,7 @@ def missing() -> str:
         return "network namespaces (Linux)"
     if os.geteuid() != 0:
         return "root (network namespaces and sshd need it)"
-    absent = sorted({package for program, package in PROGRAMS.items() if not _which(program)})
+    absent = sorted({package for program, package in PROGRAMS.items() if not find_program(program)})
     if absent:
         return f"{', '.join(absent)} (scripts/setup_lab.sh installs them)"
     tried = subprocess.run([*NEW_HOST, "sh", "-c", TRIAL], capture_output=True, text=True, env=_environment({}), check=False)
@@ -191,7 +190,7 @@ class Lab:
         """End every process of the lab and remove its folder. Nothing is left of it; safe to call again."""
         if self.is_up():
             os.kill(self.switch, signal.SIGKILL)
-            _wait_until(lambda: not self.is_up(), "the lab to end")
+            wait_until(lambda: not self.is_up(), "the lab to end")
         if self._starter:
             self._starter.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -282,15 +281,16 @@ class Lab:
 
     def start_sshd(self, host: str) -> None:
         """Let a host take ssh connections, as all do at first."""
-        self.run(host, [_which("sshd"), "-f", str(self.folder / "sshd_config"), "-E", str(self.folder / host / "sshd.log")], cwd="/", check=True)
-        _wait_until(self._inside(host, "/run/sshd.pid").exists, f"sshd of {host}")  # written when it listens
+        argv = [find_program("sshd"), "-f", str(self.folder / "sshd_config"), "-E", str(self.folder / host / "sshd.log")]
+        self.run(host, argv, cwd="/", check=True)
+        wait_until(self.inside(host, "/run/sshd.pid").exists, f"sshd of {host}")  # written when it listens
 
     def stop_sshd(self, host: str) -> None:
         """Refuse new ssh connections; those that are open stay."""
-        pid_file = self._inside(host, "/run/sshd.pid")
+        pid_file = self.inside(host, "/run/sshd.pid")
         if pid_file.exists():
             self.run(host, ["kill", pid_file.read_text().strip()], check=True)
-            _wait_until(lambda: not pid_file.exists(), f"the end of sshd on {host}")
+            wait_until(lambda: not pid_file.exists(), f"the end of sshd on {host}")
 
     # -- faults and differences
 
@@ -341,7 +341,7 @@ class Lab:
             raise LabError(f"lab {self.id} is down")
         return self.first_pids[host]
 
-    def _inside(self, host: str, path: str) -> Path:
+    def inside(self, host: str, path: str) -> Path:
         """A path of a host's own mounts as seen from here."""
         return Path(f"/proc/{self._first(host)}/root{path}")
 
@@ -393,7 +393,8 @@ def _folders() -> Iterator[Path]:
             yield state.parent
 
 
-def _which(program: str) -> str:
+def find_program(program: str) -> str:
+    """Where a program is, sbin included; empty when it is not installed."""
     return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:{SBIN}") or ""
 
 
@@ -439,7 +440,8 @@ def _processes_of(first: int) -> Iterator[int]:
             pass  # it has ended
 
 
-def _wait_until(condition: Callable[[], bool], what: str, timeout_s: float = START_S) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = START_S) -> None:
+    """Wait until a condition holds; raises LabError, saying for what it waited, when it takes longer than ``timeout_s``."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline_s:
