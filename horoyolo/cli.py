@@ -6,7 +6,6 @@ import argparse
 import difflib
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,7 +99,7 @@ TRAIN_FLAGS = (
 NOT_YET = (
     *("--rect", "--nosave", "--noval", "--noautoanchor", "--noplots", "--evolve", "--bucket", "--cache", "--image-weights", "--multi-scale"),
     *("--single-cls", "--quad", "--patience", "--freeze", "--save-period", "--entity", "--elastic", "--pipeline-stages"),
-    *("--hostfile", "--hosts", "-H", "--slurm", "--transport", "--min-np", "--max-np", "--nic", "--stage", "--script"),
+    *("--min-np", "--max-np"),
 )
 
 
@@ -167,7 +166,10 @@ def train_config(parsed: argparse.Namespace) -> Config:
 
 
 def _train(parsed: argparse.Namespace) -> int:
+    from horoyolo.launch.environment import threads_here
+
     config = train_config(parsed)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_here(os.environ, len(os.sched_getaffinity(0)))))  # read when torch is imported
     from horoyolo.engine.start import start_training
 
     return DONE if start_training(config, on_ready=announce_worker) else STOPPED
@@ -223,28 +225,26 @@ def _predict(parsed: argparse.Namespace) -> int:
 
 
 def _describe_launch(parser: _Parser) -> None:
-    parser.add_argument("-np", "--num-proc", type=_positive, default=1, help="workers")
-    parser.add_argument("--launcher", default="horovodrun", help="horovodrun or mpirun")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run")
-    parser.add_argument("job", nargs=argparse.REMAINDER, metavar="-- train ...", help="what every worker runs")
+    from horoyolo.launch.flags import describe_launch
+
+    describe_launch(parser)
     parser.set_defaults(run=_launch)
 
 
 def _launch(parsed: argparse.Namespace) -> int:
-    from horoyolo.launch.command import Job, worker_env
-    from horoyolo.launch.hosts import local_hosts
-    from horoyolo.launch.run import command_line, run_job
+    from horoyolo.launch.run import LaunchError
+    from horoyolo.launch.start import chosen_hosts, launch
 
     words = parsed.job[1:] if parsed.job[:1] == ["--"] else parsed.job
     if words[:1] != ["train"]:
         raise InputError(f"launch: -- train ... is wanted behind the flags of launch, not {' '.join(words) or 'nothing'!r}")
-    check_job(words, parsed.num_proc)
-    worker = (sys.executable, "-m", "horoyolo", *words)
-    env = worker_env(parsed.num_proc, len(os.sched_getaffinity(0)), os.environ)
-    job, hosts = Job(parsed.num_proc, worker, env, as_root=os.geteuid() == 0), local_hosts(parsed.num_proc)
-    if parsed.dry_run:
-        return _print_lines([shlex.join([*(f"{name}={value}" for name, value in env.items()), *command_line(job, hosts, parsed.launcher)])])
-    return run_job(job, hosts, parsed.launcher)
+    hosts = chosen_hosts(parsed, os.environ)
+    check_job(words, sum(host.slots for host in hosts))
+    try:
+        return launch(parsed, words, hosts)
+    except LaunchError as error:
+        print(f"horoyolo: error: {error}", file=sys.stderr)
+        return FAILED
 
 
 def check_job(words: list[str], num_workers: int) -> None:

@@ -1,58 +1,66 @@
-"""Starts a job on this machine and stays with it to its end."""
+"""Starts a job on its hosts and stays with it to its end."""
 
 from __future__ import annotations
 
-import ctypes
-import os
+import contextlib
+import secrets
+import selectors
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from horoyolo.config import InputError
-from horoyolo.launch.command import LAUNCHERS, Job, direct_command
+from horoyolo.launch import agent
+from horoyolo.launch.command import build_command, launcher_folder
+from horoyolo.launch.environment import launcher_env
 from horoyolo.launch.hosts import Host
-from horoyolo.launch.status import STATUS_DIR, announced_workers, job_status, reported_statuses
+from horoyolo.launch.job import Job
+from horoyolo.launch.remote import Ssh, is_local, ssh_argv
+from horoyolo.launch.status import STATUS_DIR, job_status
 
 POLL_S = 0.05
 SECOND_SIGNAL_S = 2.0  # a signal sooner than that after the first is the same wish: terminals and launchers often send it twice
 GRACE_S = 15.0  # horovodrun itself takes up to 10 s to end its workers
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+AGENT_START_S = 20.0
+ALIVE_EVERY_S = agent.LEASE_S / 5
 
 
-def command_line(job: Job, hosts: Sequence[Host], launcher: str) -> list[str]:
-    """What starts the workers; raises InputError when the launcher is not known. One worker needs none."""
-    if launcher not in LAUNCHERS:
-        raise InputError(f"unknown launcher {launcher!r} (--launcher): known are {', '.join(LAUNCHERS)}")
-    return LAUNCHERS[launcher](job, hosts) if job.num_workers > 1 else direct_command(job, hosts)
+class LaunchError(Exception):
+    """A host of the job can't be used: one line that says which, why, and what to do (exit status 1)."""
+
+
+def new_status_dir() -> Path:
+    """A name for the status folder of a job, which its agents make on each host."""
+    return Path(tempfile.gettempdir()) / f"horoyolo-job-{secrets.token_hex(8)}"
 
 
 def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun") -> int:
     """Run the workers and return their exit status: 0 done, 1 failed or killed, 2 bad input, 75 stopped on request.
 
     The first SIGINT or SIGTERM is handed to the workers, which then stop at an agreed step; another one, at least two seconds later, kills
-    them. No process of the job outlives this call. Call it from the main thread. Raises InputError when the launcher is not known or not
-    installed.
+    them. No process of the job outlives this call, on any host, nor this process itself. Call it from the main thread; ``job.env`` names the
+    status folder.
+
+    Raises InputError when the launcher is not known or not installed, LaunchError when a host can't be used.
     """
-    argv = command_line(job, hosts, launcher)
-    # What a virtual environment brought along is there even where nobody activated it.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    program = shutil.which(argv[0], path=path)
+    argv = build_command(job, hosts, launcher)
+    env = launcher_env(job, hosts, launcher)
+    program = shutil.which(argv[0], path=env["PATH"])
     if program is None:
         raise InputError(f"{argv[0]} is not installed but needed for {job.num_workers} workers: run scripts/setup.sh, or take -np 1")
-    with tempfile.TemporaryDirectory(prefix="horoyolo-launch-") as name, _SignalLog() as signals:
-        folder = Path(name)
-        env = {**os.environ, **job.env, "PATH": path, STATUS_DIR: name}
+    with _SignalLog() as signals, _started_agents(job, hosts) as agents:
         # In a session of its own, so that Ctrl-C reaches the workers through here alone.
-        process = subprocess.Popen([program, *argv[1:]], env=env, start_new_session=True, preexec_fn=_end_with_parent)
-        _attend(process, folder, signals)
-        _signal_workers(folder, signal.SIGKILL)  # a launcher that was killed itself may have left some
-        return job_status([*reported_statuses(folder), process.returncode])
+        folder = launcher_folder(hosts, launcher)
+        process = subprocess.Popen([program, *argv[1:]], env=env, cwd=folder, start_new_session=True)
+        _attend(process, agents, signals)
+        agents.end()
+        return job_status([*agents.statuses, process.returncode, *([1] if agents.lost else [])])
 
 
 class _SignalLog:
@@ -78,18 +86,128 @@ class _SignalLog:
             self.insisted = True
 
 
-def _attend(process: subprocess.Popen, folder: Path, signals: _SignalLog) -> None:
+class _Agents:
+    """The agents of all hosts of a job, and what they told: see ``agent.py`` for what is said."""
+
+    def __init__(self, processes: dict[str, subprocess.Popen]) -> None:
+        self.lost: list[str] = []  # hosts whose agent ended by itself
+        self.ready: set[str] = set()  # hosts
+        self.num_workers = 0  # that have announced themselves
+        self.statuses: list[int] = []
+        self._processes = processes
+        self._unread = dict.fromkeys(processes, b"")
+        self._alive_s = time.monotonic()
+        self._selector = selectors.DefaultSelector()
+        for host, process in processes.items():
+            assert process.stdout is not None
+            self._selector.register(process.stdout, selectors.EVENT_READ, host)
+
+    def listen(self, timeout_s: float) -> None:
+        """Take in what agents say, for ``timeout_s`` at most, and keep them alive."""
+        for key, _ in self._selector.select(timeout_s):
+            self._hear(key.data)
+        if time.monotonic() - self._alive_s > ALIVE_EVERY_S:
+            self._alive_s = time.monotonic()
+            self.tell(agent.ALIVE)
+
+    def tell(self, line: str) -> None:
+        """Say something to all agents."""
+        for process in self._processes.values():
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # a lost one is noticed by its silence
+                process.stdin.write(f"{line}\n".encode())
+                process.stdin.flush()
+
+    def end(self) -> None:
+        """Have the agents kill what is left of the job and leave; takes in their last words."""
+        if not self._selector.get_map():
+            return
+        self.tell(agent.END)
+        lost = list(self.lost)
+        end_s = time.monotonic() + GRACE_S
+        while self._selector.get_map() and time.monotonic() < end_s:
+            self.listen(POLL_S)
+        self.lost = lost
+        self.close()
+
+    def close(self) -> None:
+        """Close the lines: an agent that still listens ends its host's part of the job."""
+        self._selector.close()
+        for process in self._processes.values():
+            for stream in (process.stdin, process.stdout):
+                assert stream is not None
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+
+    def _hear(self, host: str) -> None:
+        stream = self._processes[host].stdout
+        assert stream is not None
+        words = stream.read1()  # type: ignore[attr-defined]  # a BufferedReader
+        if not words:
+            self._selector.unregister(stream)
+            self.lost.append(host)
+            return
+        *lines, self._unread[host] = (self._unread[host] + words).split(b"\n")
+        for line in lines:
+            word, _, number = line.decode().partition(" ")
+            if word == agent.READY:
+                self.ready.add(host)
+            self.num_workers += word == agent.WORKER
+            if word == agent.STATUS:
+                self.statuses.append(int(number))
+
+
+@contextlib.contextmanager
+def _started_agents(job: Job, hosts: Sequence[Host]) -> Iterator[_Agents]:
+    """An agent on this machine, where the launcher runs, and one on each other host; LaunchError when one does not start."""
+    command = [sys.executable, "-m", "horoyolo.launch.agent", job.env[STATUS_DIR]]
+    python_path = [f"PYTHONPATH={job.env['PYTHONPATH']}"] if "PYTHONPATH" in job.env else []
+    argvs = {"localhost": command}
+    for host in hosts:
+        if not is_local(host.name):
+            ssh = Ssh(host.port or job.ssh.port, job.ssh.identity)
+            argvs[host.name] = ssh_argv(host.name, ["env", "-C", job.cwd, *python_path, *command], ssh)
+    with tempfile.TemporaryDirectory(prefix="horoyolo-agents-") as name:
+        processes = {}
+        for number, (where, argv) in enumerate(argvs.items()):
+            with open(Path(name) / str(number), "wb") as errors:
+                processes[where] = subprocess.Popen(
+                    argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+                )
+        agents = _Agents(processes)
+        try:
+            end_s = time.monotonic() + AGENT_START_S
+            while len(agents.ready) < len(processes) and not agents.lost and time.monotonic() < end_s:
+                agents.listen(POLL_S)
+            for number, where in enumerate(processes):
+                if where not in agents.ready and (where in agents.lost or not agents.lost):
+                    words = (Path(name) / str(number)).read_text().strip().splitlines()
+                    why = words[-1] if words else f"no answer within {AGENT_START_S:.0f} s"
+                    raise LaunchError(f"host {where} can't be used: {why} (horoyolo doctor looks closer)")
+            yield agents
+        finally:
+            agents.close()
+
+
+def _attend(process: subprocess.Popen, agents: _Agents, signals: _SignalLog) -> None:
     """Wait for the launcher to end, passing signals on to the workers."""
-    told: set[int] = set()
+    told = False
     while process.poll() is None:
         if signals.insisted:
-            _signal_workers(folder, signal.SIGKILL)
+            agents.end()
             _end(process)
-        elif signals.first is not None:
-            told |= _signal_workers(folder, signals.first, but=told)
-            if not told:
+        elif agents.lost:
+            print(f"horoyolo: lost {', '.join(agents.lost)}: ending the job", file=sys.stderr)
+            _end(process)
+        elif signals.first is not None and not told:
+            told = True
+            agents.tell(f"{agent.SIGNAL} {signals.first}")
+            if not agents.num_workers:
                 _end(process)  # no worker has come far enough to have something to save
-        time.sleep(POLL_S)
+        else:
+            agents.listen(POLL_S)
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -99,21 +217,3 @@ def _end(process: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _signal_workers(folder: Path, number: int, but: Set[int] = frozenset()) -> set[int]:
-    """Send a signal to the announced workers of this job, except some; gives the process ids it was meant for."""
-    pids = {pid for pid in announced_workers(folder) if pid not in but}
-    for pid in pids:
-        try:
-            # The id of a worker that has ended may be somebody else's by now.
-            if f"{STATUS_DIR}={folder}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                os.kill(pid, number)
-        except OSError:
-            pass  # it has ended
-    return pids
-
-
-def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM to the launcher when this process is killed; the launcher then ends its workers."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -2,12 +2,15 @@
 
 horovodrun turns every failure into exit status 1, and ends workers five seconds after a signal whatever they are doing. So workers leave
 notes in a folder that the launcher names in the environment: that one takes signals (written once they can be handled), and the exit
-status.
+status. Notes carry the host's name, since the folder may be one that several hosts see.
+
+A batch script asks for the status of its job with ``python -m horoyolo.launch.status FOLDER STATUS_OF_LAUNCHER``.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,18 +29,18 @@ def report_status(status: int) -> int:
     That is ``status`` itself, but 0 for a worker that stopped on request (75) under a launcher: horovodrun would kill the others, which may
     still be at their own last steps.
     """
-    _note("status", str(status))
-    return 0 if status == 75 and STATUS_DIR in os.environ else status
+    noted = _note("status", str(status))
+    return 0 if status == 75 and noted else status
 
 
 def announced_workers(folder: Path) -> list[int]:
-    """Process ids of the workers that asked for signals."""
-    return sorted(int(path.suffix[1:]) for path in folder.glob("worker.*"))
+    """Process ids of the workers of this host that asked for signals."""
+    return sorted(int(path.suffix[1:]) for path in folder.glob(f"worker.{_host()}.*"))
 
 
-def reported_statuses(folder: Path) -> list[int]:
-    """The statuses that workers left."""
-    return [int(path.read_text()) for path in sorted(folder.glob("status.*"))]
+def reported_statuses(folder: Path) -> dict[str, int]:
+    """The status that each worker left, by the name of its note; those of other hosts too where they see this folder."""
+    return {path.name: int(path.read_text()) for path in folder.glob("status.*")}
 
 
 def job_status(statuses: Iterable[int]) -> int:
@@ -45,11 +48,24 @@ def job_status(statuses: Iterable[int]) -> int:
     return min((status if status in PRECEDENCE else 1 for status in statuses), key=PRECEDENCE.index)
 
 
-def _note(kind: str, text: str) -> None:
+def _note(kind: str, text: str) -> bool:
+    """Whether there is a launcher that reads the note."""
     folder = os.environ.get(STATUS_DIR)
     if not folder:
-        return
-    path = Path(folder) / f"{kind}.{os.getpid()}"
+        return False
+    path = Path(folder) / f"{kind}.{_host()}.{os.getpid()}"
     partial = path.with_name(f".{path.name}")
-    partial.write_text(text)
-    partial.replace(path)  # the launcher may be reading
+    try:
+        partial.write_text(text)
+        partial.replace(path)  # the launcher may be reading
+    except FileNotFoundError:  # the launcher is gone, and its folder with it
+        return False
+    return True
+
+
+def _host() -> str:
+    return os.uname().nodename
+
+
+if __name__ == "__main__":
+    print(job_status([*reported_statuses(Path(sys.argv[1])).values(), int(sys.argv[2])]))

@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 
 from horoyolo.config import InputError
-from horoyolo.launch.command import Job
 from horoyolo.launch.hosts import local_hosts
-from horoyolo.launch.run import run_job
-from horoyolo.launch.status import job_status
+from horoyolo.launch.job import Job
+from horoyolo.launch.run import new_status_dir, run_job
+from horoyolo.launch.status import STATUS_DIR, job_status
 
 STUB = str(Path(__file__).with_name("stub_worker.py"))
 LAUNCH = """
 import sys
-from horoyolo.launch.command import Job
 from horoyolo.launch.hosts import local_hosts
-from horoyolo.launch.run import run_job
+from horoyolo.launch.job import Job
+from horoyolo.launch.run import new_status_dir, run_job
+from horoyolo.launch.status import STATUS_DIR
 plan, num_workers, launcher, out, stub = sys.argv[1:]
-job = Job(int(num_workers), (sys.executable, stub, plan, out), env={"OMP_NUM_THREADS": "1"}, as_root=True)
+job = Job(int(num_workers), (sys.executable, stub, plan, out), env={"OMP_NUM_THREADS": "1", STATUS_DIR: str(new_status_dir())}, as_root=True)
 sys.exit(run_job(job, local_hosts(int(num_workers)), launcher))
 """
 
@@ -49,13 +50,17 @@ def test_missing_launcher_is_named(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("plan", "expected"), [("done", 0), ("fail", 2), ("die", 1)])
 def test_status_of_one_worker(plan, expected, tmp_path):
-    job = Job(1, (sys.executable, STUB, plan, str(tmp_path)), env={"OMP_NUM_THREADS": "2"})
+    job = Job(1, (sys.executable, STUB, plan, str(tmp_path)), env={"OMP_NUM_THREADS": "2", **status_env()})
     assert run_job(job, local_hosts(1)) == expected
     assert (tmp_path / "started.0").read_text().split()[1] == "2"
 
 
 def test_status_of_a_worker_that_reports_nothing():
-    assert run_job(Job(1, (sys.executable, "-c", "raise SystemExit(2)")), local_hosts(1)) == 2
+    assert run_job(Job(1, (sys.executable, "-c", "raise SystemExit(2)"), env=status_env()), local_hosts(1)) == 2
+
+
+def status_env() -> dict[str, str]:
+    return {STATUS_DIR: str(new_status_dir())}
 
 
 @pytest.fixture
