@@ -215,8 +215,10 @@ def _measure_over_mpi(cluster: Cluster, ssh: Ssh) -> dict[str, Any]:
     lacking = [host.name for host in cluster.hosts if not cluster.facts.get(host.name, {}).get("packages", {}).get("mpi4py")]
     if shutil.which("mpirun") is None:
         return {"skipped": "mpirun is not installed here"}
+    if cluster.unreachable:
+        return {"skipped": f"{', '.join(cluster.unreachable)} could not be asked"}
     if lacking:
-        return {"skipped": f"mpi4py is not installed on, or nothing is known of, {', '.join(lacking)}"}
+        return {"skipped": f"mpi4py is not installed on {', '.join(lacking)}"}
     if not all(facts["source"] for facts in cluster.facts.values()):
         return {"skipped": "horoyolo is not installed on every host"}
     try:

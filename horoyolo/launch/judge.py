@@ -273,7 +273,8 @@ def horovod_build(facts: Mapping[str, Any]) -> str:
     """Version and built-in parts of Horovod, such as 0.28.1 (gloo, mpi)."""
     built = facts.get("load", {}).get("horovod", {})
     parts = ", ".join(name for name in ("gloo", "mpi", "nccl") if built.get(name))
-    return f"{facts['packages'].get('horovod', '')} ({parts})" if parts else ""
+    version = facts["packages"].get("horovod")
+    return f"{version} ({parts})" if version and parts else ""
 
 
 def nccl_version(facts: Mapping[str, Any]) -> str:
@@ -355,27 +356,27 @@ def _slow_links(cluster: Cluster) -> Iterator[Finding]:
     for link in links:
         if link.error or link.mbit_s >= MODEST_MBIT_S:
             continue
-        severity = ERROR if link.mbit_s < SLOW_MBIT_S else WARNING
-        sends_well = any(not other.slow for other in links if other.source == link.source)
-        receives_well = any(not other.slow for other in links if other.target == link.target)
-        culprits = []
-        if receives_well or not sends_well:
-            culprits.append((link.source, "sends"))
-        if severity == ERROR and (sends_well or not receives_well):
-            culprits.append((link.target, "receives"))
-        for host, verb in culprits:
-            if (host, verb) in told:
-                continue
-            told.add((host, verb))
-            way = f"to {link.target}" if verb == "sends" else f"from {link.source}"
-            message = f"it {verb} only {link.mbit_s:.0f} Mbit/s {way}, round trip {link.round_trip_ms:.2f} ms"
-            remedy = f"see to cable, switch port and limits (ethtool, tc qdisc) of {host}, or choose a faster interface with --nic"
-            yield Finding(severity, host, "link", message, remedy)
+        severity = ERROR if link.slow else WARNING
+        for host, says in _culprits(links, link):
+            if (host, says) not in told:
+                told.add((host, says))
+                message = f"{says}: {link.mbit_s:.0f} Mbit/s, round trip {link.round_trip_ms:.2f} ms"
+                remedy = f"see to cable, switch port and limits (ethtool, tc qdisc) of {host}, or choose a faster interface with --nic"
+                yield Finding(severity, host, "link", message, remedy)
     for link in links:
         if not link.error and link.round_trip_ms > SLOW_ROUND_TRIP_MS and not link.slow:
             message = f"a round trip from it to {link.target} takes {link.round_trip_ms:.1f} ms"
             remedy = f"put {link.source} and {link.target} on one switch, or choose a better interface with --nic"
             yield Finding(WARNING, link.source, "link", message, remedy)
+
+
+def _culprits(links: Sequence[Link], link: Link) -> list[tuple[str, str]]:
+    """Whose fault a slow link is, and what to say: of the end that does well with nobody else; of both where that can't be told."""
+    sends_well = any(not other.slow for other in links if other.source == link.source)
+    receives_well = any(not other.slow for other in links if other.target == link.target)
+    if sends_well != receives_well:
+        return [(link.target, f"it receives slowly from {link.source}")] if sends_well else [(link.source, f"it sends slowly to {link.target}")]
+    return [(link.source, f"slow link between it and {link.target}"), (link.target, f"slow link between it and {link.source}")]
 
 
 def _mpi(cluster: Cluster) -> Iterator[Finding]:
