@@ -84,7 +84,7 @@ def render_script(job: Job, hosts: Sequence[Host], launcher: str, environ: Mappi
         "",
     ]
     if folder:
-        lines += ["# horovodrun has the other hosts enter the folder it is started in, by a shell that can't tell where its name ends.", f"cd {folder}", ""]
+        lines += ["# horovodrun has the other hosts enter the folder it is started in, by a shell, unquoted: / needs no quotes.", f"cd {folder}", ""]
     elif job.cwd:
         lines += [f"cd {shlex.quote(job.cwd)}", ""]
     lines += ["environment=(", *_environment_lines(added_env(job, hosts, launcher, environ)), ")"]
