@@ -216,7 +216,7 @@ def _measure_over_mpi(cluster: Cluster, ssh: Ssh) -> dict[str, Any]:
     if shutil.which("mpirun") is None:
         return {"skipped": "mpirun is not installed here"}
     if cluster.unreachable:
-        return {"skipped": f"{', '.join(cluster.unreachable)} could not be asked"}
+        return {"skipped": f"{', '.join(host.name for host in cluster.hosts if host.name in cluster.unreachable)} could not be asked"}
     if lacking:
         return {"skipped": f"mpi4py is not installed on {', '.join(lacking)}"}
     if not all(facts["source"] for facts in cluster.facts.values()):
