@@ -193,6 +193,6 @@ for name in worker-1 worker-2; do
     done
     fail "no sshd on $name: $(tail -n 3 "$work/$name.log")"
 done
-in_container launcher horovodrun --gloo -np 2 -H worker-1:1,worker-2:1 --network-interfaces eth0 horoyolo "${training[@]}" --name three-containers
+in_container launcher horoyolo launch --hosts worker-1:1,worker-2:1 -np 2 --nic eth0 -- "${training[@]}" --name three-containers
 check_run three-containers
 step "passed"
