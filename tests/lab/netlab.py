@@ -1,8 +1,8 @@
 """Several hosts on one machine: a lab of Linux namespaces joined by a switch.
 
-Each host has its own network (interface ``eth0``), processes, mounts, host name, /tmp for programs (``TMPDIR``), /dev/shm, /etc/hosts and sshd;
+Each host has its own network (interface ``eth0``), processes, mounts, host name, home, TMPDIR, /dev/shm, /etc/hosts and sshd;
 the disk is common to all, as a shared file system would be. Names are node1, node2, ...; from any host ``ssh node2`` lands in the second.
-The switch is a namespace too, so nothing of the machine itself is changed: neither its network nor its /etc/hosts nor anybody's ~/.ssh.
+The switch is a namespace too, so nothing of the machine itself is changed: neither its network nor its /etc/hosts nor anybody's home.
 
 All processes of a lab descend from one, in whose process namespace they live: when it ends, the kernel kills the others and their network is
 gone. So a lab can't outlive its owner, whatever ends that one. Labs do not see each other; any number can be up at once.
@@ -90,7 +90,8 @@ mount -t tmpfs -o mode=755 tmpfs /run
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mkdir -m 755 /run/sshd
 mkdir -m 1777 /run/tmp
-if [ -d {home}/.ssh ]; then mount -t tmpfs -o mode=700 tmpfs {home}/.ssh; fi
+mkdir -m 700 /run/home
+mount --bind {folder}/passwd /etc/passwd
 mount --bind {folder}/{name}/hosts /etc/hosts
 mount --bind {folder}/nsswitch.conf /etc/nsswitch.conf
 mount --bind {folder}/ssh_config /etc/ssh/ssh_config
@@ -127,6 +128,11 @@ class HostProcess(subprocess.Popen):
             return
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(self.program_pid(), number)
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is not None:
+            self.kill()  # who used it has failed and will not end it
+        super().__exit__(kind, *exception)
 
     def program_pid(self) -> int:
         """The program's process id as this machine sees it; on the host it has another."""
@@ -238,8 +244,7 @@ class Lab:
         for host in self.hosts:
             self.hosts_file(host).write_text("127.0.0.1 localhost\n" + "".join(f"{self.address(other)} {other}\n" for other in self.hosts))
         self._in_switch(f"ip link add {name} type veth peer name {INTERFACE} netns {first} && ip link set {name} master br0 up")
-        home = shlex.quote(str(Path("~root").expanduser()))
-        setup = HOST_SETUP.format(folder=shlex.quote(str(self.folder)), name=name, address=self.address(name), home=home)
+        setup = HOST_SETUP.format(folder=shlex.quote(str(self.folder)), name=name, address=self.address(name))
         self.run(name, ["sh", "-ec", setup], cwd="/", check=True)
         self.start_sshd(name)
         return name
@@ -367,6 +372,9 @@ class Lab:
         (self.folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=self.folder))
         (self.folder / "ssh_config").write_text(SSH_CONFIG.format(folder=self.folder))
         (self.folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")  # no name server to wait for
+        # A home of its own: no start-up file of the user's runs in a shell of the lab, and nothing is written to his home.
+        others = [line for line in Path("/etc/passwd").read_text().splitlines(keepends=True) if line.split(":")[2:3] != ["0"]]
+        (self.folder / "passwd").write_text("root:x:0:0:root:/run/home:/bin/bash\n" + "".join(others))
         (self.folder / "slurm").mkdir()
 
 
@@ -399,7 +407,7 @@ def find_program(program: str) -> str:
 
 
 def _environment(env: Mapping[str, str]) -> dict[str, str]:
-    return {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:{SBIN}", "TMPDIR": "/run/tmp", **env}
+    return {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:{SBIN}", "HOME": "/run/home", "TMPDIR": "/run/tmp", **env}
 
 
 def _start_first(new: Sequence[str], folder: Path, preexec: Callable[[], None] | None = None) -> tuple[subprocess.Popen, int]:

@@ -105,6 +105,10 @@ def test_the_disk_is_common_and_mounts_are_a_hosts_own(lab: Lab, tmp_path: Path)
     assert lab.run("node1", ["test", "-d", str(made)]).returncode == 0
     assert ssh(lab, "node1", "node2", f"test -d {made}").returncode == 1
     assert ssh(lab, "node1", "node2", "echo $TMPDIR").stdout.strip() == str(made.parent)
+    # Nor does a shell there read the start-up files of whoever runs the tests.
+    lab.run("node1", ["sh", "-c", 'cd "$HOME" && touch mine'], check=True)
+    assert ssh(lab, "node1", "node1", "ls -A ~").stdout == "mine\n"
+    assert ssh(lab, "node1", "node2", "ls -A ~").stdout == ""
 
 
 @pytest.mark.parametrize(("source", "target"), [("node1", "node2"), ("node2", "node1")])
