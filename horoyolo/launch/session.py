@@ -86,7 +86,7 @@ class Session:
         while b"\n" not in self._rest:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-                remedy = f"see whether `ssh {self._host.name} true` ends; a dead network file system may hold it"
+                remedy = f"see whether `ssh {self._host.name} true` ends; a start-up file of the shell there or a dead network file system may hold it"
                 raise Unreachable("ssh", "ssh got no answer in time", remedy)
             part = self._process.stdout.read1(2**16)  # type: ignore[attr-defined]
             if not part:

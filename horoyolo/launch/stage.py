@@ -201,7 +201,10 @@ class Stage:
         free, have = (1024 * kb for kb in look["kb"])
         if "staged" in look:
             return  # it is only repaired
-        sizes = [os.path.getsize(path) for _, path in self._layout.files] + [len(text) for text in self._layout.texts.values()]
+        try:
+            sizes = [os.path.getsize(path) for _, path in self._layout.files] + [len(text) for text in self._layout.texts.values()]
+        except OSError as error:
+            raise StageError(f"{error.filename} can't be read on this machine: {error.strerror}; see to it and start again") from None
         wanted = sum(-(-size // BLOCK) * BLOCK for size in sizes) + MARGIN_BYTES - have
         if free < wanted:
             raise StageError(
@@ -281,7 +284,7 @@ class Stage:
             try:
                 output, complaint = (text.decode("utf-8", "replace") for text in process.communicate(timeout=limit_s))
             except subprocess.TimeoutExpired:
-                raise StageError(f"{host.name}: no answer within {limit_s:.0f} s; see whether `ssh {host.name} true` ends") from None
+                raise StageError(f"{host.name}: no answer within {limit_s:.0f} s; see what `horoyolo doctor` says of it") from None
         if process.returncode == SSH_FAILED and not is_local(host.name):
             raise _as_stage_error(host, explain(host, process.returncode, complaint))
         return process.returncode, output, complaint
