@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from horoyolo.config import InputError
 from horoyolo.files import atomic_file
 from horoyolo.launch.command import build_command
 from horoyolo.launch.hosts import Host
+from horoyolo.launch.interface import interface_to
 from horoyolo.launch.job import Job
 from horoyolo.launch.judge import ERROR, OPTIONAL, REQUIRED, Cluster, Finding, Link, address_of, judge
 from horoyolo.launch.probe import LOAD_LIMIT_S, MARK, MEET_S, RECEIVE_S, RESOLVE_LIMIT_S
@@ -42,7 +43,8 @@ MPI_PINGS = 50
 def run_doctor(hosts: Sequence[Host], data: str = "", nic: str = "", json_file: str | Path | None = None, ssh: Ssh | None = None) -> int:
     """Examine the hosts, print the table and write the JSON; gives the exit status: 0 when there are no errors, else 1."""
     ssh = ssh or Ssh()
-    cluster = examine(hosts, data, nic, ssh)
+    # What launch would choose; horovodrun wants it to have the same name everywhere.
+    cluster = examine(hosts, data, nic or interface_to(hosts), ssh)
     findings = judge(cluster)
     print(render(cluster, findings))
     if json_file:
@@ -71,8 +73,7 @@ def examine(hosts: Sequence[Host], data: str, nic: str, ssh: Ssh) -> Cluster:
     cluster = Cluster(hosts, os.getcwd(), data, nic)
     with ThreadPoolExecutor(max(1, len(hosts))) as pool, contextlib.ExitStack() as stack:
         sessions = {host.name: Session(host, sys.executable, ssh) for host in hosts}
-        for session in sessions.values():
-            stack.callback(session.close)
+        stack.callback(_close, sessions.values())
         with _progress(f"asking {_count(len(hosts), 'host')}"):
             _ask_all(pool, cluster, sessions, lambda name: _facts(cluster, sessions[name]))
         with _progress("loading torch and Horovod" + (", scanning the data" if data else "")):
@@ -84,12 +85,18 @@ def examine(hosts: Sequence[Host], data: str, nic: str, ssh: Ssh) -> Cluster:
                     cluster.links = _measure_links(pool, cluster, sessions)
                 except Unreachable as failure:
                     print(f"doctor: links could not all be measured: {failure}", file=sys.stderr)
-        for session in sessions.values():
-            session.close()  # MPI is to have the cores for itself
+        _close(sessions.values())  # MPI is to have the cores for itself
     if len(hosts) > 1:
         with _progress("measuring over MPI"):
             cluster.mpi = _measure_over_mpi(cluster, ssh)
     return cluster
+
+
+def _close(sessions: Collection[Session]) -> None:
+    for session in sessions:
+        session.hang_up()
+    for session in sessions:
+        session.close()
 
 
 def _ask_all(pool: ThreadPoolExecutor, cluster: Cluster, sessions: dict[str, Session], ask: Callable[[str], dict[str, Any]]) -> None:

@@ -303,14 +303,15 @@ SAME: dict[str, tuple[Callable[[Mapping[str, Any]], str], str]] = {
 
 
 def _differences(cluster: Cluster) -> Iterator[Finding]:
+    comparable = {host: facts for host, facts in cluster.facts.items() if facts["python_wanted"] == facts["python"]["executable"]}
     for check, (read, remedy) in SAME.items():
-        for host, value, common, others in _odd_ones({host: read(facts) for host, facts in cluster.facts.items()}):
+        for host, value, common, others in _odd_ones({host: read(facts) for host, facts in comparable.items()}):
             message = f"{check} is {value}, but {common} on {_listed(others)}"
             yield Finding(ERROR, host, check, message, remedy.format(host=host, common=common))
     for package in REQUIRED:
         if package in SAME:
             continue
-        for host, value, common, others in _odd_ones({host: facts["packages"].get(package, "") for host, facts in cluster.facts.items()}):
+        for host, value, common, others in _odd_ones({host: facts["packages"].get(package, "") for host, facts in comparable.items()}):
             message = f"{package} is {value}, but {common} on {_listed(others)}"
             yield Finding(WARNING, host, package, message, f"on {host}: pip install {package}=={common}")
 

@@ -60,11 +60,15 @@ class Session:
             if line.startswith(MARK):
                 return json.loads(line[len(MARK) :])
 
-    def close(self) -> None:
-        """End the probe, and ssh with it."""
+    def hang_up(self) -> None:
+        """Let the probe end, without waiting for it."""
         if self._process.stdin:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
+
+    def close(self) -> None:
+        """End the probe, and ssh with it."""
+        self.hang_up()
         try:
             self._process.wait(2)
         except subprocess.TimeoutExpired:
@@ -77,7 +81,7 @@ class Session:
 
     def _write(self, content: bytes) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it ended: reading will tell why
+        with contextlib.suppress(OSError, ValueError):  # it ended: reading will tell why
             self._process.stdin.write(content)
             self._process.stdin.flush()
 
@@ -86,7 +90,9 @@ class Session:
         while b"\n" not in self._rest:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-                remedy = f"see whether `ssh {self._host.name} true` ends; a start-up file of the shell there or a dead network file system may hold it"
+                remedy = (
+                    f"see whether `ssh {self._host.name} true` ends; a start-up file of the shell there or a dead network file system may hold it"
+                )
                 raise Unreachable("ssh", "ssh got no answer in time", remedy)
             part = self._process.stdout.read1(2**16)  # type: ignore[attr-defined]
             if not part:

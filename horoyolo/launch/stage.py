@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from horoyolo.launch.judge import size_text
 from horoyolo.launch.remote import Ssh, is_local, ssh_argv, ssh_options
 from horoyolo.launch.session import SSH_FAILED, Unreachable, explain, ssh_of
 
+MAX_COPIES = 16  # at once: more would only share this machine's link, each with a list of all files in memory
 PROGRESS_S = 5.0  # between two lines of a host
 RETRY_S = 60.0  # a host that joins and can't be staged to is tried again after that
 LOOK_LIMIT_S = 60.0
@@ -90,6 +92,8 @@ class Stage:
         self._tried_s: dict[str, float] = {}  # host -> when copying to it was last started in the background
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
+        self._source_lock = threading.Lock()
+        self._source_folder = ""
 
     @property
     def data(self) -> str:
@@ -101,10 +105,10 @@ class Stage:
         return host.name in self._ready
 
     def stage_all(self, hosts: Sequence[Host]) -> list[str]:
-        """Give every host a copy, all at once; the hosts' problems, one line each with host and remedy. When interrupted, ends all copying."""
+        """Give every host a copy, many at once; the hosts' problems, one line each with host and remedy. When interrupted, ends all copying."""
         if shutil.which("rsync") is None:
             return ["this machine has no rsync, which copies the data: apt install rsync"]
-        with ThreadPoolExecutor(max(1, len(hosts))) as pool:
+        with ThreadPoolExecutor(MAX_COPIES) as pool:
             try:
                 return [problem for problem in pool.map(self._problem, hosts) if problem]
             except BaseException:
@@ -221,14 +225,13 @@ class Stage:
             target = f"{bracketed(host.name)}:{target}"
         checksum = ["--checksum"] if look_closely else []
         options = ["-rLt", "--partial", "--info=progress2", "--no-inc-recursive", f"--timeout={SILENCE_S}", *checksum]
-        with self._laid_out() as folder:
-            argv = ["rsync", *options, *remote, "--", f"{folder}/", target]
-            with tempfile.TemporaryFile() as errors, self._started(argv, errors) as process:
-                for line in self._said_at_times(host, process):
-                    self._say(line)
-                status = process.wait()
-                errors.seek(0)
-                complaint = errors.read().decode("utf-8", "replace")
+        argv = ["rsync", *options, *remote, "--", f"{self._source()}/", target]
+        with tempfile.TemporaryFile() as errors, self._started(argv, errors) as process:
+            for line in self._said_at_times(host, process):
+                self._say(line)
+            status = process.wait()
+            errors.seek(0)
+            complaint = errors.read().decode("utf-8", "replace")
         if status == SSH_FAILED:
             raise _as_stage_error(host, explain(host, status, complaint))
         if status:
@@ -236,18 +239,21 @@ class Stage:
             first = next((line.strip() for line in complaint.splitlines() if line.strip()), f"rsync ended with status {status}")
             raise StageError(f"{host.name}: copying stopped: {first}; start again, what is there is kept")
 
-    @contextlib.contextmanager
-    def _laid_out(self) -> Iterator[str]:
-        """A folder that looks like the copy: links to the files, which rsync follows."""
-        with tempfile.TemporaryDirectory(prefix="horoyolo-stage-") as folder:
-            for name, path in self._layout.files:
-                link = Path(folder, name)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(path)
-            for name, text in self._layout.texts.items():
-                Path(folder, name).write_text(text, encoding="utf-8")
-                os.utime(Path(folder, name), (0, 0))  # the same file each time, not one that has changed
-            yield folder
+    def _source(self) -> str:
+        """A folder here that looks like the copy: links to the files, which rsync follows. Made once, gone with this object."""
+        with self._source_lock:
+            if not self._source_folder:
+                folder = tempfile.mkdtemp(prefix="horoyolo-stage-")
+                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+                for name, path in self._layout.files:
+                    link = Path(folder, name)
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(path)
+                for name, text in self._layout.texts.items():
+                    Path(folder, name).write_text(text, encoding="utf-8")
+                    os.utime(Path(folder, name), (0, 0))  # the same file each time, not one that has changed
+                self._source_folder = folder
+            return self._source_folder
 
     def _said_at_times(self, host: Host, process: subprocess.Popen) -> Iterator[str]:
         """Lines for the user from rsync's, which come many times a second."""

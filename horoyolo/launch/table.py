@@ -60,7 +60,7 @@ def _row(cluster: Cluster, host: Host, findings: Sequence[Finding]) -> tuple[str
         *_figures(link),
         *(_free(facts["disks"][check]) for check in ("workdir", "tmp", "shm")),
         _limit(facts["limits"]["nofile"]),
-        "none" if facts["limits"]["memlock"] < 0 else size_text(facts["limits"]["memlock"]),
+        "unlimited" if facts["limits"]["memlock"] < 0 else size_text(facts["limits"]["memlock"]),
         f"{clock['offset_s']:+.3f} s" if abs(clock["offset_s"]) >= clock["doubt_s"] else f"<{max(clock['doubt_s'], 0.001):.3f} s",
         result,
     )
@@ -84,7 +84,7 @@ def _free(disk: dict[str, Any]) -> str:
 
 
 def _limit(number: int) -> str:
-    return "none" if number < 0 else str(number)
+    return "unlimited" if number < 0 else str(number)
 
 
 def _measured(cluster: Cluster) -> list[str]:

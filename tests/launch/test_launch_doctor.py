@@ -266,10 +266,10 @@ nccl      2.29.3  (on 2 of 3 hosts)
 horoyolo  0.1.0 source 5ca1ab1e5ca1  (on 2 of 3 hosts)
 data      da7ada7ada7a  (on 2 of 3 hosts)
 
-host   address   slots  cores  GPUs       sends  round trip  workdir     /tmp  /dev/shm  files  memlock     clock  result
-node1  10.0.0.1      2     16     2  9.4 Gbit/s     0.05 ms  53.7 GB  53.7 GB   53.7 GB  65536     none  +0.002 s  1 error
-node2  10.0.0.2      2     16     2   96 Mbit/s     0.05 ms  53.7 GB  53.7 GB   53.7 GB    512     none  <0.001 s  1 error, 1 warning
-node3  -             2      -     -           -           -        -        -         -      -        -         -  1 error
+host   address   slots  cores  GPUs       sends  round trip  workdir     /tmp  /dev/shm  files    memlock     clock  result
+node1  10.0.0.1      2     16     2  9.4 Gbit/s     0.05 ms  53.7 GB  53.7 GB   53.7 GB  65536  unlimited  +0.002 s  1 error
+node2  10.0.0.2      2     16     2   96 Mbit/s     0.05 ms  53.7 GB  53.7 GB   53.7 GB    512  unlimited  <0.001 s  1 error, 1 warning
+node3  -             2      -     -           -           -        -        -         -      -          -         -  1 error
 
 sends, round trip: to the next host of the list over eth0, all at once, over TCP by the doctor's own probe
 not measured over MPI: node3 could not be asked
@@ -363,6 +363,16 @@ def test_a_host_without_the_workers_python_is_still_looked_at(open_session: Call
     session = open_session(python="/no/such/python")
     facts = session.ask("facts", workdir=str(tmp_path), packages=[])
     assert facts["python"]["executable"] != "/no/such/python"
+    cluster = cluster_of(2)
+    cluster.facts["node2"] |= {"python": {"version": "3.9.2", "executable": "/usr/bin/python3"}, "packages": {}, "source": "", "load": {}}
+    assert told(judge(cluster)) == [(ERROR, "node2", "python")]  # what that Python has or lacks does not matter
+
+
+def test_what_login_scripts_print_is_no_answer(open_session: Callable[..., Session], tmp_path: Path) -> None:
+    noisy = tmp_path / "noisy"
+    noisy.write_text(f'#!/bin/sh\necho "Welcome to node1"\necho warning >&2\nexec {sys.executable} "$@"\n')
+    noisy.chmod(0o755)
+    assert open_session(python=str(noisy)).ask("clock")["time"] > 0
 
 
 def test_failed_requests_are_answers_and_a_dead_probe_is_none(open_session: Callable[..., Session]) -> None:
