@@ -131,6 +131,8 @@ def check_words(job: Job, hosts: Sequence[Host], launcher: str) -> None:
             raise InputError(f"{name!r} in the environment of the workers: letters, digits and '_' make a name")
         if name.startswith("OMPI_MCA_") and not PLAIN.fullmatch(value):
             raise InputError(f"{name}={value!r}: Open MPI hands it to the other hosts' shells, where letters, digits and @%+=:,./^_- are safe")
+    if ":" in job.argv and (launcher != "horovodrun" or job.transport == "mpi"):
+        raise InputError("':' as a word of its own in the job: mpirun would take what follows for another program")
     if "=" in job.argv[0]:
         raise InputError(f"{job.argv[0]!r} can't be run by a launcher: its path would be taken for a variable because of the '='")
 

@@ -1,4 +1,4 @@
-"""The start of a job as text: one line for a dry run, or a commented script that runs by itself."""
+"""The start of a job as a commented script that runs by itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from horoyolo.launch.command import build_command, launcher_folder
-from horoyolo.launch.environment import ALLOCATION, KEPT, KEPT_BY_MPI, added_env, launcher_env
+from horoyolo.launch.environment import ALLOCATION, KEPT, KEPT_BY_MPI, added_env
 from horoyolo.launch.hosts import Host, render_host_list, take_slots
 from horoyolo.launch.job import Job, all_local
 
@@ -55,18 +55,6 @@ VARIABLES = {
     "MALLOC_ARENA_MAX": "keep freed memory instead of getting it anew from the kernel at each step",
     "PATH": "programs of the same Python first, and before them an ssh that notices dead hosts",
 }
-
-
-def dry_run(job: Job, hosts: Sequence[Host], launcher: str, environ: Mapping[str, str]) -> str:
-    """A shell line that does what ``launch`` does; ``environ`` is the environment it is started in. Raises InputError as build_command does."""
-    argv = build_command(job, hosts, launcher)
-    hosts = take_slots(hosts, job.num_workers)
-    if all_local(hosts):
-        words = ["env", *_assignments(added_env(job, hosts, launcher, environ)), *argv]
-    else:
-        words = ["env", "-i", *_assignments(launcher_env(job, hosts, launcher, environ)), *argv]
-    folder = launcher_folder(hosts, launcher)
-    return f"cd {shlex.quote(folder)} && {shlex.join(words)}" if folder else shlex.join(words)
 
 
 def render_script(job: Job, hosts: Sequence[Host], launcher: str, environ: Mapping[str, str]) -> str:
@@ -142,10 +130,6 @@ def _flag_by_flag(words: Iterable[str]) -> Iterator[list[str]]:
             group = []
         group.append(word)
     yield group
-
-
-def _assignments(env: Mapping[str, str]) -> list[str]:
-    return [f"{name}={value}" for name, value in sorted(env.items())]
 
 
 def _counted(number: int, noun: str) -> str:
