@@ -266,6 +266,8 @@ def _describe_doctor(parser: _Parser) -> None:
     where.add_argument("--hosts", "-H", metavar="a:4,b:4", help="hosts and slots; without any: this machine")
     parser.add_argument("--data", metavar="YAML", default="", help="compare the data set too")
     parser.add_argument("--nic", metavar="IF", default="", help="network interface that workers are to use")
+    parser.add_argument("--ssh-port", type=int, default=None, metavar="N")
+    parser.add_argument("--ssh-identity", default="", metavar="FILE", help="private key for ssh")
     parser.add_argument("--json", metavar="FILE", default=None, help="file for all findings and figures")
     parser.set_defaults(run=_doctor)
 
@@ -273,12 +275,13 @@ def _describe_doctor(parser: _Parser) -> None:
 def _doctor(parsed: argparse.Namespace) -> int:
     from horoyolo.launch.doctor import run_doctor
     from horoyolo.launch.hosts import local_hosts, parse_host_list, read_hostfile
+    from horoyolo.launch.remote import Ssh
 
     if parsed.hostfile:
         hosts = read_hostfile(parsed.hostfile)
     else:
         hosts = parse_host_list(parsed.hosts) if parsed.hosts else local_hosts(1)
-    return run_doctor(hosts, parsed.data, parsed.nic, parsed.json)
+    return run_doctor(hosts, parsed.data, parsed.nic, parsed.json, Ssh(parsed.ssh_port, parsed.ssh_identity))
 
 
 def _describe_data(parser: _Parser) -> None:
