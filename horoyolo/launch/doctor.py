@@ -41,8 +41,13 @@ MPI_PINGS = 50
 
 
 def run_doctor(hosts: Sequence[Host], data: str = "", nic: str = "", json_file: str | Path | None = None, ssh: Ssh | None = None) -> int:
-    """Examine the hosts, print the table and write the JSON; gives the exit status: 0 when there are no errors, else 1."""
+    """Examine the hosts, print the table and write the JSON; gives the exit status: 0 when there are no errors, else 1.
+
+    Raises InputError when the JSON can't be written, before anybody is asked.
+    """
     ssh = ssh or Ssh()
+    if json_file and not os.access(Path(json_file).absolute().parent, os.W_OK):
+        raise InputError(f"--json {json_file}: there is no folder {Path(json_file).absolute().parent} that can be written to")
     # What launch would choose; horovodrun wants it to have the same name everywhere.
     cluster = examine(hosts, data, nic or interface_to(hosts), ssh)
     findings = judge(cluster)

@@ -70,6 +70,11 @@ def listed(lab: Lab, host: str, disk: Path) -> list[str]:
     return lab.run(host, ["ls", "-A", str(disk)], check=True).stdout.split()
 
 
+def assert_same_files(lab: Lab, host: str, layout: Layout, folder: str) -> None:
+    pairs = [word for name, source in layout.files for word in (str(source), f"{folder}/{name}")]
+    lab.run(host, ["sh", "-ec", 'while [ $# -gt 0 ]; do cmp "$1" "$2"; shift 2; done', "sh", *pairs], check=True)
+
+
 def received_bytes(lab: Lab, host: str) -> int:
     return int(lab.run(host, ["cat", "/sys/class/net/eth0/statistics/rx_bytes"], check=True).stdout)
 
@@ -90,8 +95,7 @@ def test_every_host_gets_a_checked_copy_once(lab: Lab, data: Path, layout: Layou
         assert f"stage: {host}: {disk}/{layout.name} is there and checked" in done.stderr
         check = lab.run(host, [sys.executable, "-m", "horoyolo", "data", "check", "--data", done.stdout.strip(), "--json", "-"])
         assert layout.hash in check.stdout
-        for name, source in layout.files:
-            lab.run(host, ["cmp", str(source), f"{disk}/{layout.name}/{name}"], check=True)
+        assert_same_files(lab, host, layout, f"{disk}/{layout.name}")
 
     before = received_bytes(lab, "node2")
     again = lab.run("node1", words(data, disk), timeout=120)
@@ -133,8 +137,7 @@ def test_a_corrupted_copy_is_noticed_and_repaired(lab: Lab, data: Path, layout: 
     for host in ("node2", "node3"):
         assert f"stage: {host}: {disk}/{layout.name} is there, but not as it should be: repairing it" in done.stderr
         assert listed(lab, host, disk) == [layout.name]
-        for name, source in layout.files:
-            lab.run(host, ["cmp", str(source), f"{disk}/{layout.name}/{name}"], check=True)
+        assert_same_files(lab, host, layout, f"{disk}/{layout.name}")
 
 
 def test_hosts_that_can_take_no_copy_are_named_with_the_remedy(lab: Lab, data: Path, layout: Layout, disk: Path, tmp_path: Path) -> None:
