@@ -62,10 +62,11 @@ def render_script(job: Job, hosts: Sequence[Host], launcher: str, environ: Mappi
     argv = build_command(job, hosts, launcher)
     hosts = take_slots(hosts, job.num_workers)
     local = all_local(hosts)
+    by = f", by {launcher}" if tuple(argv) != job.argv else ""  # one worker here is started by itself
     folder = launcher_folder(hosts, launcher)
     lines = [
         "#!/usr/bin/env bash",
-        f"# {_counted(job.num_workers, 'worker')} on {_counted(len(hosts), 'host')}, {render_host_list(hosts)}, by {launcher}.",
+        f"# {_counted(job.num_workers, 'worker')} on {_counted(len(hosts), 'host')}, {render_host_list(hosts)}{by}.",
         "# Written by `horoyolo launch --script`; runs by itself. `horoyolo launch` does the same, and besides passes on signals, returns the",
         "# workers' own exit status (horovodrun and mpirun have but one for every failure) and leaves no worker behind.",
         "set -euo pipefail",
