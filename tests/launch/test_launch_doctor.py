@@ -420,7 +420,7 @@ def test_doctor_of_this_machine(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 
 def test_a_place_for_the_json_is_wanted_before_anybody_is_asked(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no folder .*/absent that can be written to"):
+    with pytest.raises(InputError, match=r"there is no folder .*/absent that can be written to"):
         doctor.run_doctor([Host("localhost", 1)], json_file=tmp_path / "absent" / "doctor.json")
 
 
