@@ -89,18 +89,19 @@ def mpirun_command(job: Job, hosts: Sequence[Host]) -> list[str]:
 def hydra_command(job: Job, hosts: Sequence[Host]) -> list[str]:
     """Workers over MPICH or Intel MPI, by the launcher that both have; what each takes for ssh's options is in the environment.
 
-    Its host lists differ between the two as soon as hosts have different slots, so each host then gets a section of its own.
+    Where hosts have different slots it is told as MPICH takes it; Intel MPI wants the same slots on all hosts, or a machine file.
     """
-    everywhere = ["-bootstrap", "ssh", *(["-iface", job.nic] if job.nic else [])]
-    environment = ["-genvlist", ",".join(sorted(job.env)), "-genv", "I_MPI_PIN", "0"]  # Intel MPI would bind each worker to a share of the cores
+    interface = ["-iface", job.nic] if job.nic and not all_local(hosts) else []
     folder = ["-wdir", job.cwd] if job.cwd and not all_local(hosts) else []
     if len({host.slots for host in hosts}) == 1:
-        names = ",".join(host.name for host in hosts)
-        placed = ["-hosts", names, "-ppn", str(hosts[0].slots), "-n", str(job.num_workers), *folder, *job.argv]
+        placed = ["-hosts", ",".join(host.name for host in hosts), "-ppn", str(hosts[0].slots)]
     else:
-        sections = [["-host", host.name, "-n", str(host.slots), *folder, *job.argv] for host in hosts]
-        placed = [word for section in sections for word in (":", *section)][1:]
-    return ["mpiexec.hydra", *everywhere, *environment, *placed]
+        placed = ["-hosts", render_host_list(hosts)]
+    return [
+        *("mpiexec.hydra", "-bootstrap", "ssh", *interface, *placed, "-n", str(job.num_workers), *folder),
+        *("-genvlist", ",".join(sorted(job.env)), "-genv", "I_MPI_PIN", "0"),  # Intel MPI would bind each worker to a share of the cores
+        *job.argv,
+    ]
 
 
 LAUNCHERS: dict[str, Callable[[Job, Sequence[Host]], list[str]]] = {
