@@ -146,6 +146,7 @@ def added_env(job: Job, hosts: Sequence[Host], launcher: str, environ: Mapping[s
         # Where MPICH, then Intel MPI, look for more words for ssh; they have no flag in common.
         extra = " ".join(ssh_options(ssh_of(job, hosts)))
         env |= {"HYDRA_LAUNCHER_EXTRA_ARGS": extra, "I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS": extra}
-    path = [str(Path(sys.executable).parent), env.get("PATH") or environ.get("PATH", os.defpath)]
-    env["PATH"] = os.pathsep.join(path if local else [str(SSH_WRAPPER), *path])
+    first = [*([] if local else [str(SSH_WRAPPER)]), str(Path(sys.executable).parent)]
+    rest = (env.get("PATH") or environ.get("PATH", os.defpath)).split(os.pathsep)
+    env["PATH"] = os.pathsep.join([*first, *(folder for folder in rest if folder not in first)])
     return env
