@@ -44,6 +44,9 @@ MISLEADING = ("LSB_JOBID",)
 
 SSH_WRAPPER = Path(__file__).parent / "bin"
 
+# For workers that srun starts, what mpirun's flags say: MPI's own messages over TCP, since its InfiniBand ones are known to crash beside NCCL's.
+OPEN_MPI = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "^openib"}
+
 # Left to itself, glibc hands large blocks back to the kernel at once and gets them again, zeroed page by page, a moment later: activations every
 # step, Gloo's buffers every exchange. Kept, a CPU step of YOLOv5s with an exchange took 0 page faults instead of 14,000, and a tenth less time.
 KEEP_MEMORY = {
@@ -123,11 +126,12 @@ def threads_here(env: Mapping[str, str], num_cores: int) -> int:
 def launcher_env(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun", environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The whole environment of the launcher's process: that of here (or ``environ``) where all workers are here, else little but the job's.
 
-    Programs of this Python come first on its PATH, and before them, where there are other machines, an ssh that notices dead ones.
+    Programs of this Python come first on its PATH, and before them, where there are other machines, an ssh that notices dead ones. srun
+    gets everything: it hands that on by messages of its own.
     """
     here = os.environ if environ is None else environ
-    local = all_local(hosts)
-    env = {name: value for name, value in here.items() if name not in MISLEADING} if local else kept_env(here, launcher)
+    whole = all_local(hosts) or launcher == "slurm"
+    env = {name: value for name, value in here.items() if name not in MISLEADING} if whole else kept_env(here, launcher)
     return {**env, **added_env(job, hosts, launcher, here)}
 
 
@@ -139,14 +143,16 @@ def kept_env(environ: Mapping[str, str], launcher: str) -> dict[str, str]:
 
 
 def added_env(job: Job, hosts: Sequence[Host], launcher: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """What the launcher finds besides: the job's variables, a PATH, and what Hydra reads."""
+    """What the launcher finds besides: the job's variables, a PATH, and what it reads itself."""
     env = dict(job.env)
-    local = all_local(hosts)
-    if launcher == "hydra" and not local:
+    by_ssh = launcher != "slurm" and not all_local(hosts)
+    if launcher == "slurm":
+        env = {**{name: value for name, value in OPEN_MPI.items() if name not in environ}, **env}
+    if launcher == "hydra" and by_ssh:
         # Where MPICH, then Intel MPI, look for more words for ssh; they have no flag in common.
         extra = " ".join(ssh_options(ssh_of(job, hosts)))
         env |= {"HYDRA_LAUNCHER_EXTRA_ARGS": extra, "I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS": extra}
-    first = [*([] if local else [str(SSH_WRAPPER)]), str(Path(sys.executable).parent)]
+    first = [*([str(SSH_WRAPPER)] if by_ssh else []), str(Path(sys.executable).parent)]
     rest = (env.get("PATH") or environ.get("PATH", os.defpath)).split(os.pathsep)
     env["PATH"] = os.pathsep.join([*first, *(folder for folder in rest if folder not in first)])
     return env

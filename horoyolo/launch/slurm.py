@@ -5,12 +5,14 @@ Options for the scheduler are plain words, since they stand in comments of the s
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from horoyolo.config import InputError
+from horoyolo.launch.environment import OPEN_MPI
 from horoyolo.launch.hosts import Host, take_slots
 from horoyolo.launch.job import Job
 
@@ -20,8 +22,6 @@ ARRAY = re.compile(r"[0-9]+([-:,][0-9]+)*(%[0-9]+)?")
 PLAIN = re.compile(r"[^\s:,]+")
 IN_ALLOCATION = ("horovodrun", "mpirun")  # launchers that `horoyolo launch --slurm` runs on the first node
 SIGNAL_S = 180  # before the time limit, at most
-# As in operations over Open MPI's own launcher: its InfiniBand transports are known to crash beside NCCL's.
-OPEN_MPI = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "^openib"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,14 @@ class SlurmOptions:
     container_mounts: str = ""  # SRC:DST,... besides the folder of the job
 
     def __post_init__(self) -> None:
+        for flag, number, least in (
+            ("--nodes", self.nodes, 1),
+            ("--gpus-per-node", self.gpus_per_node, 0),
+            ("--tasks-per-node", self.tasks_per_node, 0),
+            ("--cpus-per-task", self.cpus_per_task, 0),
+        ):
+            if number < least:
+                raise InputError(f"{flag} {number}: at least {least} is wanted")
         for flag, value, pattern, legal in (
             ("--time", self.time, TIME, "MINUTES, HH:MM:SS or D-HH:MM:SS"),
             ("--partition", self.partition, WORD, "a name"),
@@ -74,6 +82,34 @@ class SlurmOptions:
     def in_container(self) -> bool:
         """Whether workers run in a container."""
         return bool(self.container_image or self.apptainer)
+
+
+def describe_slurm(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of SlurmOptions; left out, they are not among what was parsed."""
+    group = parser.add_argument_group("Slurm", "for --slurm --script, and with --launcher slurm inside an allocation")
+    for flag, metavar, text in (
+        ("--nodes", "N", "machines"),
+        ("--gpus-per-node", "N", "GPUs of each"),
+        ("--tasks-per-node", "N", "workers of each; by default one a GPU, or one"),
+        ("--cpus-per-task", "N", "cores of a worker"),
+    ):
+        group.add_argument(flag, type=int, default=argparse.SUPPRESS, metavar=metavar, help=text)
+    for flag, metavar, text in (
+        ("--time", "HH:MM:SS", "limit; a job that reaches it stops with a checkpoint, is requeued and goes on"),
+        ("--partition", "NAME", ""),
+        ("--account", "NAME", ""),
+        ("--job-name", "NAME", "also names the run where train has no --name"),
+        ("--array", "0-4", "several runs, each with a folder of its own"),
+        ("--container-image", "IMAGE", "run workers in it, by Pyxis"),
+        ("--apptainer", "FILE", "run workers in this image, by Apptainer"),
+        ("--container-mounts", "SRC:DST,...", "what the container sees besides this folder"),
+    ):
+        group.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def slurm_options(parsed: argparse.Namespace) -> SlurmOptions:
+    """What the flags of ``describe_slurm`` say. Raises InputError as SlurmOptions does."""
+    return SlurmOptions(**{field.name: getattr(parsed, field.name) for field in fields(SlurmOptions) if hasattr(parsed, field.name)})
 
 
 def render_batch(train: Sequence[str], options: SlurmOptions, launcher: str, env: Mapping[str, str], folder: str, python: str = "python") -> str:

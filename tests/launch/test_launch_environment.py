@@ -128,6 +128,13 @@ def test_mpirun_on_other_hosts_keeps_what_it_needs_itself():
     assert env == {**kept, "A": "1", "PATH": f"{SSH_WRAPPER}:{PYTHON}:/usr/bin"}
 
 
+def test_srun_gets_everything():
+    env = launcher_env(Job(4, ("w",), env={"A": "1"}), HOSTS, "slurm", HERE)
+    here = {name: value for name, value in HERE.items() if name != "LSB_JOBID"}
+    assert env == {**here, "A": "1", "OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "^openib", "PATH": f"{PYTHON}:/usr/bin"}
+    assert launcher_env(Job(4, ("w",)), HOSTS, "slurm", {"OMPI_MCA_pml": "ucx"})["OMPI_MCA_pml"] == "ucx"
+
+
 def test_hydra_is_told_about_ssh():
     env = launcher_env(Job(4, ("w",), ssh=Ssh(port=2222)), HOSTS, "hydra", {})
     options = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=3 -o ServerAliveCountMax=2 -p 2222"

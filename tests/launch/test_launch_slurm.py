@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from horoyolo.config import InputError
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.job import Job
-from horoyolo.launch.slurm import SlurmOptions, render_batch, srun_command
+from horoyolo.launch.slurm import SlurmOptions, describe_slurm, render_batch, slurm_options, srun_command
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ("train", "--data", "data/blood.yaml", "--cfg", "yolov5s", "--batch", "128", "--epochs", "300", "--name", "blood")
@@ -70,6 +71,8 @@ def test_the_signal_leaves_most_of_the_time_for_work(time, seconds):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"nodes": 0}, "--nodes 0: at least 1 is wanted"),
+        ({"gpus_per_node": -1}, "--gpus-per-node -1"),
         ({"time": "soon"}, r"--time 'soon': MINUTES"),
         ({"partition": "a\n#SBATCH --x"}, "--partition"),
         ({"account": "a b"}, "--account 'a b': a name is wanted"),
@@ -82,6 +85,15 @@ def test_options_that_slurm_would_not_take(given, message):
     with pytest.raises(InputError, match=message) as caught:
         SlurmOptions(**given)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_flags_become_options():
+    parser = argparse.ArgumentParser()
+    describe_slurm(parser)
+    assert slurm_options(parser.parse_args([])) == SlurmOptions()
+    words = ["--nodes", "2", "--gpus-per-node", "8", "--cpus-per-task", "8", "--time", "12:00:00", "--partition", "gpu", "--account", "vision"]
+    assert slurm_options(parser.parse_args(words)) == FULL
+    assert {name.replace("_", "-") for name in vars(SlurmOptions())} == {flag[2:] for flag in parser._option_string_actions} - {"h", "help", ""}
 
 
 @pytest.mark.parametrize(
