@@ -254,11 +254,11 @@ def _traps(stop: str) -> list[str]:
         "time_is_up=",
         "stop() {",
         "    interrupted=yes",
-        "    time_is_up=yes",
         f"    {stop}",
         "}",
-        "trap stop USR1",
-        "trap 'interrupted=yes' TERM  # scancel: the workers got it too, and may have something to save",
+        "trap 'time_is_up=yes; stop' USR1",
+        "# `scancel --batch --signal=TERM JOB` has the job stop with a checkpoint and stay so; a plain scancel leaves it some seconds.",
+        "trap stop TERM",
     ]
 
 
