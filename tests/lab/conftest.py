@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # the lab is no package: scripts
 import slurmlab
 from netlab import Lab, missing
 from slurmlab import Slurm
+from training import ENV, HOROYOLO, TIMEOUT_S, steps, train_words
+
+from horoyolo.data.synthetic import write_synthetic
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +56,21 @@ def slurm(make_lab: Callable[[int], Lab]) -> Slurm:
     slurm = Slurm(make_lab(2))
     slurm.up()
     return slurm
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """35 images to train on: batches of 16, 16 and 3, so that hosts get different shares."""
+    folder = tmp_path_factory.mktemp("synthetic") / "data"
+    write_synthetic(folder, 43, seed=0)
+    return folder / "data.yaml"
+
+
+@pytest.fixture(scope="session")
+def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """The steps of the small training by a single process on this machine."""
+    project = tmp_path_factory.mktemp("alone")
+    argv = [*HOROYOLO, *train_words(dataset, project)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env={**os.environ, **ENV})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return steps(project / "run")
