@@ -71,15 +71,6 @@ sleep 60 & wait
     assert words.index("start 0") < words.index("signal") < words.index("start 1")
 
 
-def test_the_time_limit_sends_its_signal_beforehand(slurm: Slurm, tmp_path: Path) -> None:
-    # The controller looks every 30 s, so a signal asked for 55 s before the end of one minute comes within the first half.
-    body = "trap 'echo signal; exit 0' USR1\nsleep 60 & wait\n"
-    script = write_script(tmp_path, body)
-    job = slurm.wait_job(slurm.sbatch(script, "--time=1", "--signal=B:USR1@55", f"--output={tmp_path}/out.txt"))
-    assert job["JobState"] == "COMPLETED"
-    assert (tmp_path / "out.txt").read_text() == "signal\n"
-
-
 def test_refusals_say_why(slurm: Slurm, tmp_path: Path) -> None:
     with pytest.raises(LabError, match="invalid partition"):
         slurm.sbatch(write_script(tmp_path, "true\n"), "--partition=none")
