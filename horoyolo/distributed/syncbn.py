@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from horoyolo.distributed.comm import Comm
+
+
+class WideGrads(Protocol):
+    """Gradients as float64 sums."""
+
+    def of(self, param: Tensor) -> Tensor: ...
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -23,6 +29,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum)
         self._comm = comm
         self._name = name
+        self.wide_grads: WideGrads | None = None  # where gradients go in float64, instead of to their parameters: see exact.py
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -30,7 +37,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
         mean, var, count = global_statistics(x, self._comm, f"{self._name}.forward")
         self._update_running_statistics(mean, var, count)
         mean, var = mean.to(self.weight.dtype), var.to(self.weight.dtype)
-        return _Normalise.apply(x, self.weight, self.bias, mean, var, count, self.eps, self._comm, f"{self._name}.backward")
+        return _Normalise.apply(x, self.weight, self.bias, mean, var, count, self)
+
+    def sum_backward(self, sums: Tensor) -> Tensor:
+        """Sums over workers for the backward pass."""
+        return self._comm.allreduce(sums, name=f"{self._name}.backward")
 
     def _update_running_statistics(self, mean: Tensor, var: Tensor, count: float) -> None:
         assert self.running_mean is not None  # all four: see _converted
@@ -120,30 +131,32 @@ class _Normalise(torch.autograd.Function):
     """Normalises with statistics that depend on the input of all workers, and takes the gradient through them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, count: float, eps: float, comm: Comm, name: str
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, count: float, bn: SyncBatchNorm) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.count, ctx.eps, ctx.comm, ctx.name = count, eps, comm, name
-        inv_std = (var + eps).rsqrt()
+        ctx.count, ctx.bn = count, bn
+        inv_std = (var + bn.eps).rsqrt()
         return _affine(x, weight * inv_std, bias - weight * mean * inv_std)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
         dy = grads[0]
-        inv_std = (var + ctx.eps).rsqrt()
+        inv_std = (var + ctx.bn.eps).rsqrt()
         dy_sum, dy_x_sum = _channel_sums(_wide(dy)), _channel_sums(_wide(dy) * _wide(x))
-        dweight, dbias = (dy_x_sum - mean * dy_sum) * inv_std, dy_sum  # this worker's part; the exchange sums it
+        own = torch.stack([(dy_x_sum - mean * dy_sum) * inv_std, dy_sum])  # of weight and bias: this worker's part, which the exchange sums
 
         # The statistics depend on x: dx = weight * inv_std * (dy - mean(dy) - x_hat * mean(dy * x_hat)), an affine function of dy and x.
-        sums = ctx.comm.allreduce(torch.stack([dweight, dbias]), name=ctx.name)
+        sums = ctx.bn.sum_backward(own.clone())
         mean_dy_x_hat, mean_dy = sums / max(ctx.count, 1.0)
         gain = weight * inv_std
         slope = -gain * inv_std * mean_dy_x_hat
         dx = _affine(dy, gain, -gain * mean_dy - slope * mean)
         dx += _affine(x, slope, torch.zeros_like(slope))
-        return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), None, None, None, None, None, None
+        if ctx.bn.wide_grads is not None:
+            ctx.bn.wide_grads.of(ctx.bn.weight).add_(own[0])
+            ctx.bn.wide_grads.of(ctx.bn.bias).add_(own[1])
+            return dx, *[None] * 6
+        return dx, own[0].to(weight.dtype), own[1].to(weight.dtype), *[None] * 4
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from horoyolo.data.loader import build_eval_loader, build_train_loader, choose_n
 from horoyolo.data.sampler import Sampler
 from horoyolo.data.scan import Split
 from horoyolo.distributed.comm import Comm, broadcast_tensors
-from horoyolo.distributed.exchange import Exchange
+from horoyolo.distributed.exact import ExactSum, convert_exact
+from horoyolo.distributed.exchange import Compressor, Exchange
 from horoyolo.distributed.syncbn import convert_sync_bn
 from horoyolo.engine.checkpoint import save_checkpoint
 from horoyolo.engine.device import Numerics
@@ -135,8 +136,6 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
     num_workers = choose_num_workers(config.workers, comm.local_size())
     pin_memory = numerics.device.type == "cuda"
     train_data = TrainDataset(train_split, config.img, config.hyp, config.seed)
-    compressor = build_compressor(config.comms.compression)
-    exchange = Exchange(model.named_parameters(), compressor, comm, config.comms.bucket_mb, overlaps(config.comms, numerics))
     return Training(
         config=config,
         comm=comm,
@@ -147,7 +146,7 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
         ema=ema,
         optimizer=optimizer,
         scaler=scaler,
-        exchange=exchange,
+        exchange=build_exchange(model, config.comms, numerics, comm),
         schedule=schedule,
         sampler=sampler,
         loader=build_train_loader(train_data, sampler, comm, num_workers, pin_memory),
@@ -156,6 +155,21 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
         progress=progress,
         state=state,
     )
+
+
+def build_exchange(model: YOLO, comms: Comms, numerics: Numerics, comm: Comm) -> Exchange:
+    """What sums gradients over workers.
+
+    With synchronised BatchNorm on CPUs in full precision nothing but the order of sums tells one number of workers from another: there sums are
+    made exact, and losses and weights have the same bits at any number.
+    """
+    compressor: Compressor = build_compressor(comms.compression)
+    if comms.sync_bn and numerics.device.type == "cpu" and numerics.dtype == torch.float32 and comms.compression == "none":
+        try:
+            compressor = ExactSum(convert_exact(model))
+        except ValueError as error:
+            log.info("losses will differ a little between numbers of workers: %s", error)
+    return Exchange(model.named_parameters(), compressor, comm, comms.bucket_mb, overlaps(comms, numerics))
 
 
 def overlaps(comms: Comms, numerics: Numerics) -> bool:
