@@ -10,13 +10,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from horoyolo import __version__
 from horoyolo import config as configuration
 from horoyolo.config import Config, InputError
 from horoyolo.files import atomic_file
 from horoyolo.launch.status import announce_worker, report_status
+
+if TYPE_CHECKING:
+    from horoyolo.launch.hosts import Host
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
@@ -232,23 +235,37 @@ def _describe_launch(parser: _Parser) -> None:
 
 
 def _launch(parsed: argparse.Namespace) -> int:
-    from horoyolo.launch.run import LaunchError
-    from horoyolo.launch.start import chosen_hosts, launch
+    from horoyolo.launch.remote import LaunchError
+    from horoyolo.launch.start import chosen_hosts, launch, write_batch
 
     words = parsed.job[1:] if parsed.job[:1] == ["--"] else parsed.job
     if words[:1] != ["train"]:
         raise InputError(f"launch: -- train ... is wanted behind the flags of launch, not {' '.join(words) or 'nothing'!r}")
+    if parsed.slurm and parsed.script:
+        check_job(words, num_workers=1)
+        return write_batch(parsed, words)
     hosts = chosen_hosts(parsed, os.environ)
-    check_job(words, sum(host.slots for host in hosts))
+    data = check_job(words, sum(host.slots for host in hosts))
     try:
+        if parsed.stage:
+            words = [*words, "--data", _staged(data, parsed, hosts)]
         return launch(parsed, words, hosts)
     except LaunchError as error:
         print(f"horoyolo: error: {error}", file=sys.stderr)
         return FAILED
 
 
-def check_job(words: list[str], num_workers: int) -> None:
-    """Raises InputError for what can be seen to be wrong with a job before any worker is started; imports no torch."""
+def _staged(data: str, parsed: argparse.Namespace, hosts: Sequence[Host]) -> str:
+    """The data.yaml of the copies that all hosts have of a data set, made where they are missing."""
+    from horoyolo.data.spec import load_data_spec
+    from horoyolo.data.staging import plan_layout
+    from horoyolo.launch.start import stage_data
+
+    return stage_data(plan_layout(load_data_spec(data)), parsed, hosts)
+
+
+def check_job(words: list[str], num_workers: int) -> str:
+    """Raises InputError for what can be seen to be wrong with a job before any worker is started; imports no torch. Gives its data.yaml."""
     parsed, unknown = build_parser().parse_known_args(words)
     if unknown:
         raise InputError(unknown_flag(parsed.command, unknown[0]))
@@ -258,30 +275,21 @@ def check_job(words: list[str], num_workers: int) -> None:
     from horoyolo.data.spec import load_data_spec
 
     load_data_spec(config.data)
+    return config.data
 
 
 def _describe_doctor(parser: _Parser) -> None:
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--hostfile", metavar="FILE", help="hosts and slots as Open MPI, MPICH or PBS write them")
-    where.add_argument("--hosts", "-H", metavar="a:4,b:4", help="hosts and slots; without any: this machine")
-    parser.add_argument("--data", metavar="YAML", default="", help="compare the data set too")
-    parser.add_argument("--nic", metavar="IF", default="", help="network interface that workers are to use")
-    parser.add_argument("--ssh-port", type=int, default=None, metavar="N")
-    parser.add_argument("--ssh-identity", default="", metavar="FILE", help="private key for ssh")
-    parser.add_argument("--json", metavar="FILE", default=None, help="file for all findings and figures")
+    from horoyolo.launch.flags import describe_doctor
+
+    describe_doctor(parser)
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
     from horoyolo.launch.doctor import run_doctor
-    from horoyolo.launch.hosts import local_hosts, parse_host_list, read_hostfile
-    from horoyolo.launch.remote import Ssh
+    from horoyolo.launch.start import named_hosts, ssh_of
 
-    if parsed.hostfile:
-        hosts = read_hostfile(parsed.hostfile)
-    else:
-        hosts = parse_host_list(parsed.hosts) if parsed.hosts else local_hosts(1)
-    return run_doctor(hosts, parsed.data, parsed.nic, parsed.json, Ssh(parsed.ssh_port, parsed.ssh_identity))
+    return run_doctor(named_hosts(parsed, os.environ), parsed.data, parsed.nic, parsed.json, ssh_of(parsed))
 
 
 def _describe_data(parser: _Parser) -> None:

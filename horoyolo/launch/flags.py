@@ -1,26 +1,40 @@
-"""The flags of ``horoyolo launch``."""
+"""The flags of ``horoyolo launch`` and ``doctor``."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from horoyolo.launch.slurm import describe_slurm
+
 
 def describe_launch(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``launch``: where, how many, by what, and what else to do than start."""
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--hostfile", metavar="FILE", help="hosts and their slots: Open MPI's, MPICH's and PBS's forms")
-    where.add_argument("--hosts", "-H", metavar="a:4,b:4", help="hosts and their slots")
-    where.add_argument("--slurm", action="store_true", help="the hosts of this Slurm allocation; with --script: a batch script")
+    _describe_hosts(parser)
     parser.add_argument("-np", "--num-proc", type=int, default=None, metavar="N", help="workers; by default one a slot, one without hosts")
-    parser.add_argument("--launcher", default=None, help="horovodrun (default), mpirun, hydra, or slurm (srun)")
+    parser.add_argument("--launcher", default=None, help="horovodrun (default), mpirun, hydra, or slurm (srun; default with --slurm)")
     parser.add_argument("--transport", default="gloo", choices=("gloo", "mpi"), help="what horovodrun's workers talk by")
-    parser.add_argument("--nic", default="", metavar="IF", help="interface between the hosts; by default the one that leads to the first of them")
-    parser.add_argument("--ssh-port", type=int, default=None, metavar="N")
-    parser.add_argument("--ssh-identity", default="", metavar="FILE", help="private key for ssh")
     parser.add_argument("-x", dest="variables", action="append", default=[], metavar="NAME", help="a variable that workers on other hosts get too")
     parser.add_argument("--stage", type=Path, default=None, metavar="DIR", help="copy the data set into this folder of each host first")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print what would run")
-    what.add_argument("--script", type=Path, default=None, metavar="OUT", help="write it as a script that runs by itself")
+    what.add_argument("--script", type=Path, default=None, metavar="OUT", help="write it as a script; with --slurm, one for sbatch")
+    describe_slurm(parser)
     parser.add_argument("job", nargs=argparse.REMAINDER, metavar="-- train ...", help="what every worker runs")
+
+
+def describe_doctor(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of ``doctor``."""
+    _describe_hosts(parser)
+    parser.add_argument("--data", metavar="YAML", default="", help="compare the data set too")
+    parser.add_argument("--json", metavar="FILE", default=None, help="file for all findings and figures")
+
+
+def _describe_hosts(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", metavar="FILE", help="hosts and their slots: Open MPI's, MPICH's and PBS's forms")
+    where.add_argument("--hosts", "-H", metavar="a:4,b:4", help="hosts and their slots; without any: this machine")
+    where.add_argument("--slurm", action="store_true", help="the hosts of this Slurm allocation")
+    parser.add_argument("--nic", default="", metavar="IF", help="interface between the hosts; by default the one that leads to the first of them")
+    parser.add_argument("--ssh-port", type=int, default=None, metavar="N")
+    parser.add_argument("--ssh-identity", default="", metavar="FILE", help="private key for ssh")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Without these a host that vanished keeps its ssh, and whoever waits for it, until TCP gives up after many minutes.
 KEEPALIVE = ("-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=2")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
+
+
+class LaunchError(Exception):
+    """A host of a job can't be used: one line that says which, why, and what to do (exit status 1)."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,19 @@ class Ssh:
 def is_local(host: str) -> bool:
     """Whether a host of a job is this machine, by its name."""
     return host in LOCAL_NAMES or host in (os.uname().nodename, os.uname().nodename.split(".")[0])
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a name or an address leads here: only a machine's own addresses can be bound."""
+    if is_local(host):
+        return True
+    try:
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+        with socket.socket(family, kind, protocol) as trial:
+            trial.bind(address)
+    except OSError:  # unknown, or elsewhere
+        return False
+    return True
 
 
 def ssh_options(ssh: Ssh) -> list[str]:

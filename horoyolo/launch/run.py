@@ -21,7 +21,8 @@ from horoyolo.launch.command import build_command, launcher_folder
 from horoyolo.launch.environment import launcher_env
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.job import Job
-from horoyolo.launch.remote import Ssh, is_local, ssh_argv
+from horoyolo.launch.remote import LaunchError, Ssh, is_local, ssh_argv
+from horoyolo.launch.slurm import SlurmOptions, srun_command
 from horoyolo.launch.status import STATUS_DIR, job_status
 
 POLL_S = 0.05
@@ -31,16 +32,17 @@ AGENT_START_S = 20.0
 ALIVE_EVERY_S = agent.LEASE_S / 5
 
 
-class LaunchError(Exception):
-    """A host of the job can't be used: one line that says which, why, and what to do (exit status 1)."""
-
-
 def new_status_dir() -> Path:
     """A name for the status folder of a job, which its agents make on each host."""
     return Path(tempfile.gettempdir()) / f"horoyolo-job-{secrets.token_hex(8)}"
 
 
-def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun") -> int:
+def job_command(job: Job, hosts: Sequence[Host], launcher: str, options: SlurmOptions | None = None) -> list[str]:
+    """The words that start a job, by srun too; ``options`` are for that one. Raises InputError as ``build_command`` does."""
+    return srun_command(job, hosts, options or SlurmOptions()) if launcher == "slurm" else build_command(job, hosts, launcher)
+
+
+def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun", options: SlurmOptions | None = None) -> int:
     """Run the workers and return their exit status: 0 done, 1 failed or killed, 2 bad input, 75 stopped on request.
 
     The first SIGINT or SIGTERM is handed to the workers, which then stop at an agreed step; another one, at least two seconds later, kills
@@ -49,15 +51,15 @@ def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun") -> in
 
     Raises InputError when the launcher is not known or not installed, LaunchError when a host can't be used.
     """
-    argv = build_command(job, hosts, launcher)
+    argv = job_command(job, hosts, launcher, options)
     env = launcher_env(job, hosts, launcher)
     program = shutil.which(argv[0], path=env["PATH"])
     if program is None:
         raise InputError(f"{argv[0]} is not installed but needed for {job.num_workers} workers: run scripts/setup.sh, or take -np 1")
-    with _SignalLog() as signals, _started_agents(job, hosts) as agents:
+    with _SignalLog() as signals, _started_agents(job, hosts, launcher) as agents:
         # In a session of its own, so that Ctrl-C reaches the workers through here alone.
         folder = launcher_folder(hosts, launcher)
-        process = subprocess.Popen([program, *argv[1:]], env=env, cwd=folder, start_new_session=True)
+        process = subprocess.Popen(argv, executable=program, env=env, cwd=folder, start_new_session=True)
         _attend(process, agents, signals)
         agents.end()
         return job_status([*agents.statuses, process.returncode, *([1] if agents.lost else [])])
@@ -87,11 +89,14 @@ class _SignalLog:
 
 
 class _Agents:
-    """The agents of all hosts of a job, and what they told: see ``agent.py`` for what is said."""
+    """The agents of all hosts of a job, and what they told: see ``agent.py`` for what is said.
+
+    A process is the line to the agent of a host, or to those of all hosts of an allocation.
+    """
 
     def __init__(self, processes: dict[str, subprocess.Popen]) -> None:
         self.lost: list[str] = []  # hosts whose agent ended by itself
-        self.ready: set[str] = set()  # hosts
+        self.num_ready = dict.fromkeys(processes, 0)  # agents
         self.num_workers = 0  # that have announced themselves
         self.statuses: list[int] = []
         self._processes = processes
@@ -153,42 +158,60 @@ class _Agents:
         for line in lines:
             word, _, number = line.decode().partition(" ")
             if word == agent.READY:
-                self.ready.add(host)
+                self.num_ready[host] += 1
             self.num_workers += word == agent.WORKER
             if word == agent.STATUS:
                 self.statuses.append(int(number))
 
 
-@contextlib.contextmanager
-def _started_agents(job: Job, hosts: Sequence[Host]) -> Iterator[_Agents]:
-    """An agent on this machine, where the launcher runs, and one on each other host; LaunchError when one does not start."""
+def _agent_lines(job: Job, hosts: Sequence[Host], launcher: str) -> dict[str, tuple[list[str], int]]:
+    """Host -> what starts its agent, and how many agents that is: one here, where the launcher runs, and one on each other host.
+
+    In an allocation of Slurm one srun starts those of all nodes, hands what it reads to each of them and puts together what they say; nodes
+    need no sshd then.
+    """
     command = [sys.executable, "-m", "horoyolo.launch.agent", job.env[STATUS_DIR]]
+    if launcher == "slurm":
+        names = ",".join(host.name for host in hosts)
+        step = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", f"--nodelist={names}", f"--chdir={job.cwd}"]
+        return {"the allocation": (["srun", "--overlap", "--mpi=none", "--cpu-bind=none", "--unbuffered", *step, *command], len(hosts))}
+    lines = {"localhost": (command, 1)}
     python_path = [f"PYTHONPATH={job.env['PYTHONPATH']}"] if "PYTHONPATH" in job.env else []
-    argvs = {"localhost": command}
     for host in hosts:
         if not is_local(host.name):
             ssh = Ssh(host.port or job.ssh.port, job.ssh.identity)
-            argvs[host.name] = ssh_argv(host.name, ["env", "-C", job.cwd, *python_path, *command], ssh)
+            lines[host.name] = (ssh_argv(host.name, ["env", "-C", job.cwd, *python_path, *command], ssh), 1)
+    return lines
+
+
+@contextlib.contextmanager
+def _started_agents(job: Job, hosts: Sequence[Host], launcher: str) -> Iterator[_Agents]:
+    """The agents of all hosts, ready; LaunchError when one does not start."""
+    lines = _agent_lines(job, hosts, launcher)
     with tempfile.TemporaryDirectory(prefix="horoyolo-agents-") as name:
+        complaints = {where: Path(name) / str(number) for number, where in enumerate(lines)}
         processes = {}
-        for number, (where, argv) in enumerate(argvs.items()):
-            with open(Path(name) / str(number), "wb") as errors:
+        for where, (argv, _) in lines.items():
+            with complaints[where].open("wb") as errors:
                 processes[where] = subprocess.Popen(
                     argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
                 )
         agents = _Agents(processes)
         try:
             end_s = time.monotonic() + AGENT_START_S
-            while len(agents.ready) < len(processes) and not agents.lost and time.monotonic() < end_s:
+            while time.monotonic() < end_s and not agents.lost and (missing := _missing(agents, lines)):
                 agents.listen(POLL_S)
-            for number, where in enumerate(processes):
-                if where not in agents.ready and (where in agents.lost or not agents.lost):
-                    words = (Path(name) / str(number)).read_text().strip().splitlines()
-                    why = words[-1] if words else f"no answer within {AGENT_START_S:.0f} s"
-                    raise LaunchError(f"host {where} can't be used: {why} (horoyolo doctor looks closer)")
+            for where in agents.lost or missing:
+                words = complaints[where].read_text(errors="replace").strip().splitlines()
+                why = words[-1] if words else f"no answer within {AGENT_START_S:.0f} s"
+                raise LaunchError(f"{where} can't be used: {why} (horoyolo doctor looks closer)")
             yield agents
         finally:
             agents.close()
+
+
+def _missing(agents: _Agents, lines: dict[str, tuple[list[str], int]]) -> list[str]:
+    return [where for where, (_, wanted) in lines.items() if agents.num_ready[where] < wanted]
 
 
 def _attend(process: subprocess.Popen, agents: _Agents, signals: _SignalLog) -> None:

@@ -11,20 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from horoyolo.config import InputError
-from horoyolo.launch.command import build_command, launcher_folder
-from horoyolo.launch.environment import job_env, launcher_env
+from horoyolo.files import atomic_file
+from horoyolo.launch.command import launcher_folder
+from horoyolo.launch.environment import job_env, launcher_env, travelling_env, worker_env
 from horoyolo.launch.hosts import Host, local_hosts, parse_host_list, read_hostfile, slurm_hosts, take_slots
 from horoyolo.launch.interface import interface_to
 from horoyolo.launch.job import Job, all_local
-from horoyolo.launch.remote import Ssh
-from horoyolo.launch.run import new_status_dir, run_job
+from horoyolo.launch.remote import LaunchError, Ssh, is_this_machine
+from horoyolo.launch.run import job_command, new_status_dir, run_job
+from horoyolo.launch.script import render_script
+from horoyolo.launch.slurm import SlurmOptions, render_batch, slurm_options
+from horoyolo.launch.stage import DataLayout, Stage
 from horoyolo.launch.status import STATUS_DIR
 
 
-def chosen_hosts(parsed: argparse.Namespace, env: Mapping[str, str]) -> list[Host]:
-    """The hosts that the flags of ``launch`` name, with the slots that its workers take (InputError: none, too few, unreadable)."""
-    if parsed.num_proc is not None and parsed.num_proc < 1:
-        raise InputError(f"-np {parsed.num_proc}; at least 1 is wanted")
+def named_hosts(parsed: argparse.Namespace, env: Mapping[str, str]) -> list[Host]:
+    """The hosts that the flags name, with all their slots; this machine with one where they name none (InputError: unreadable, no allocation)."""
     if parsed.hostfile:
         hosts = read_hostfile(parsed.hostfile)
     elif parsed.hosts:
@@ -32,8 +34,36 @@ def chosen_hosts(parsed: argparse.Namespace, env: Mapping[str, str]) -> list[Hos
     elif parsed.slurm:
         hosts = slurm_hosts(env)
     else:
-        hosts = local_hosts(parsed.num_proc or 1)
+        return local_hosts(1)
+    if all(is_this_machine(host.name) for host in hosts):  # whatever it is called: launchers know it by one name best
+        return local_hosts(sum(host.slots for host in hosts)) if not parsed.slurm else hosts
+    return hosts
+
+
+def chosen_hosts(parsed: argparse.Namespace, env: Mapping[str, str]) -> list[Host]:
+    """The hosts of a job with the slots that its workers take (InputError also when there are too few)."""
+    if parsed.num_proc is not None and parsed.num_proc < 1:
+        raise InputError(f"-np {parsed.num_proc}; at least 1 is wanted")
+    if parsed.launcher == "slurm" and not parsed.slurm:
+        raise InputError("--launcher slurm: it starts workers inside an allocation; give --slurm with it")
+    if not (parsed.hostfile or parsed.hosts or parsed.slurm):
+        return local_hosts(parsed.num_proc or 1)
+    hosts = named_hosts(parsed, env)
     return take_slots(hosts, parsed.num_proc or sum(host.slots for host in hosts))
+
+
+def ssh_of(parsed: argparse.Namespace) -> Ssh:
+    """How the flags say to log in to hosts."""
+    return Ssh(parsed.ssh_port, parsed.ssh_identity)
+
+
+def stage_data(layout: DataLayout, parsed: argparse.Namespace, hosts: Sequence[Host]) -> str:
+    """Copies a data set to the hosts that lack it, unless this is a dry run; gives the data.yaml of the copies. LaunchError: a host has none."""
+    stage = Stage(layout, parsed.stage, ssh_of(parsed))
+    problems = [] if parsed.dry_run else stage.stage_all(hosts)
+    if problems:
+        raise LaunchError("; ".join(problems))
+    return stage.data
 
 
 def build_job(parsed: argparse.Namespace, words: Sequence[str], hosts: Sequence[Host], env: Mapping[str, str]) -> Job:
@@ -45,7 +75,7 @@ def build_job(parsed: argparse.Namespace, words: Sequence[str], hosts: Sequence[
         env=job_env(hosts, len(os.sched_getaffinity(0)), env, parsed.variables),
         transport=parsed.transport,
         nic=nic,
-        ssh=Ssh(parsed.ssh_port, parsed.ssh_identity),
+        ssh=ssh_of(parsed),
         cwd=str(Path.cwd()),
         as_root=os.geteuid() == 0,
     )
@@ -53,20 +83,46 @@ def build_job(parsed: argparse.Namespace, words: Sequence[str], hosts: Sequence[
 
 def launch(parsed: argparse.Namespace, words: Sequence[str], hosts: Sequence[Host]) -> int:
     """Prints, writes or runs the job and gives the exit status. Raises InputError, and LaunchError when a host can't be used."""
-    launcher = parsed.launcher or "horovodrun"
+    launcher, options = chosen_launcher(parsed), slurm_options(parsed)
     job = build_job(parsed, words, hosts, os.environ)
+    if parsed.script:
+        return write_script(parsed.script, render_script(job, hosts, launcher, os.environ))
     job = replace(job, env={**job.env, STATUS_DIR: str(new_status_dir())})
     if parsed.dry_run:
-        print("\n".join(dry_run(job, hosts, launcher, os.environ)))
+        print("\n".join(dry_run(job, hosts, launcher, options, os.environ)))
         return 0
-    return run_job(job, hosts, launcher)
+    return run_job(job, hosts, launcher, options)
 
 
-def dry_run(job: Job, hosts: Sequence[Host], launcher: str, env: Mapping[str, str]) -> list[str]:
+def write_batch(parsed: argparse.Namespace, words: Sequence[str]) -> int:
+    """Writes a batch script for Slurm; the hosts are those that its allocation will have. Raises InputError for what Slurm would not take."""
+    options = slurm_options(parsed)
+    env = {**travelling_env(os.environ, parsed.variables), **worker_env(options.workers_per_node, None, os.environ)}
+    return write_script(parsed.script, render_batch(words, options, chosen_launcher(parsed), env, str(Path.cwd()), sys.executable))
+
+
+def chosen_launcher(parsed: argparse.Namespace) -> str:
+    """The launcher asked for; by default horovodrun, and srun for Slurm."""
+    return parsed.launcher or ("slurm" if parsed.slurm else "horovodrun")
+
+
+def write_script(path: Path, text: str) -> int:
+    """Writes an executable script; raises InputError when there is no place for it."""
+    if not path.parent.is_dir():
+        raise InputError(f"--script {path}: there is no folder {path.parent}")
+    with atomic_file(path, "w") as stream:
+        stream.write(text)
+    path.chmod(0o755)
+    print(f"{path} written")
+    return 0
+
+
+def dry_run(job: Job, hosts: Sequence[Host], launcher: str, options: SlurmOptions, env: Mapping[str, str]) -> list[str]:
     """What would run, as lines for a shell: folder, environment, and the words of the launcher by themselves in the last line."""
+    argv = job_command(job, hosts, launcher, options)
     folder = launcher_folder(hosts, launcher)
     whole = launcher_env(job, hosts, launcher, env)
     # On this machine alone the launcher inherits everything: only what differs is told.
     told = {name: value for name, value in whole.items() if not all_local(hosts) or env.get(name) != value}
     environment = ["env", *([] if all_local(hosts) else ["-i"]), *(f"{name}={value}" for name, value in sorted(told.items()))]
-    return [*([f"cd {folder}"] if folder else []), f"{shlex.join(environment)} \\", shlex.join(build_command(job, hosts, launcher))]
+    return [*([f"cd {folder}"] if folder else []), f"{shlex.join(environment)} \\", shlex.join(argv)]
