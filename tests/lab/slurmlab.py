@@ -6,6 +6,7 @@ this is for tests. The configuration appears as /etc/slurm on the lab's hosts on
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,9 +104,8 @@ class Slurm:
         """Cancel all jobs and end the daemons."""
         self.run(["scancel", "--user=root"])
         wait_until(lambda: not self.run(["squeue", "--noheader"]).stdout, "the end of all jobs")
-        pid_files = [path for host in self.lab.hosts for path in self.lab.inside(host, "/run/slurm").glob("slurm*.pid")]
         self.run(["scontrol", "shutdown"], check=True)
-        wait_until(lambda: not any(path.exists() for path in pid_files), "the end of Slurm's daemons")
+        wait_until(lambda: not self._daemons(), "the end of Slurm's daemons")
 
     def run(self, argv: Sequence[str], **options: Any) -> CompletedProcess[str]:
         """Run a program on node1, with the options of ``Lab.run``: ``slurm.run(["srun", "-N2", "hostname"])``."""
@@ -135,3 +135,11 @@ class Slurm:
         """Node -> state as sinfo puts it: idle, allocated, down, ..."""
         done = self.run(["sinfo", "--noheader", "--Node", "--format=%N %T"])
         return dict(line.split() for line in done.stdout.splitlines())
+
+    def _daemons(self) -> list[int]:
+        found = []
+        for pid in (pid for host in self.lab.hosts for pid in self.lab.processes(host)):
+            with contextlib.suppress(OSError):  # it has just ended
+                if Path(f"/proc/{pid}/comm").read_text().startswith("slurm"):
+                    found.append(pid)
+        return found
