@@ -21,7 +21,7 @@ from pathlib import Path
 
 from horoyolo.launch.status import STATUS_DIR, announced_workers, reported_statuses
 
-POLL_S = 0.05
+POLL_S = 0.1
 LEASE_S = 15.0
 READY, WORKER, STATUS = "ready", "worker", "status"
 ALIVE, SIGNAL, END = "alive", "signal", "end"
@@ -69,7 +69,9 @@ class Agent:
 
     def signal_workers(self) -> None:
         """Hand the signal that was asked for to each announced worker, once."""
-        waiting = self._announced - self._signalled if self.wanted_signal else set()
+        waiting = self._announced - self._signalled
+        if not self.wanted_signal or not waiting:
+            return
         for pid in waiting & set(job_processes(self.folder)):  # the id of a worker that has ended may be somebody else's by now
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, self.wanted_signal)
