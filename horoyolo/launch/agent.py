@@ -61,11 +61,11 @@ class Agent:
         for pid in announced_workers(self.folder):
             if pid not in self._announced:
                 self._announced.add(pid)
-                print(WORKER, pid, flush=True)
+                say(f"{WORKER} {pid}")
         for note, status in reported_statuses(self.folder).items():
             if note not in self._passed_on:
                 self._passed_on.add(note)
-                print(STATUS, status, flush=True)
+                say(f"{STATUS} {status}")
 
     def signal_workers(self) -> None:
         """Hand the signal that was asked for to each announced worker, once."""
@@ -76,6 +76,11 @@ class Agent:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, self.wanted_signal)
         self._signalled |= waiting
+
+
+def say(line: str) -> None:
+    """Tell the launcher something, in one piece: srun puts together what agents of several hosts say."""
+    os.write(1, f"{line}\n".encode())
 
 
 def job_processes(folder: Path) -> list[int]:
@@ -107,7 +112,7 @@ def main(folder: Path) -> None:
     folder.mkdir(mode=0o700)  # one that is there already belongs to somebody else
     agent = Agent(folder)
     try:
-        print(READY, flush=True)
+        say(READY)
         agent.serve()
     finally:
         kill_job(folder)

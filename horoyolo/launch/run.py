@@ -174,7 +174,7 @@ def _agent_lines(job: Job, hosts: Sequence[Host], launcher: str) -> dict[str, tu
     if launcher == "slurm":
         names = ",".join(host.name for host in hosts)
         step = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", f"--nodelist={names}", f"--chdir={job.cwd}"]
-        return {"the allocation": (["srun", "--overlap", "--mpi=none", "--cpu-bind=none", "--unbuffered", *step, *command], len(hosts))}
+        return {"the allocation": (["srun", "--overlap", "--mpi=none", "--cpu-bind=none", *step, *command], len(hosts))}
     lines = {"localhost": (command, 1)}
     python_path = [f"PYTHONPATH={job.env['PYTHONPATH']}"] if "PYTHONPATH" in job.env else []
     for host in hosts:
