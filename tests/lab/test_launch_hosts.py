@@ -127,6 +127,26 @@ def test_no_worker_outlives_a_lost_host(lab: Lab, long_job, tmp_path: Path) -> N
     assert gone(lab, job, 30)  # on the other side of the cut too
 
 
+@pytest.mark.parametrize("of", ["HOROVOD_RANK", "horoyolo.launch.agent"])
+def test_a_dying_ssh_ends_all_workers(lab: Lab, long_job, of: str) -> None:
+    """That of horovodrun, and that by which this launcher watches over a host."""
+    process, job = long_job("horovodrun over Gloo")
+    (ssh,) = [pid for pid in lab.processes("node1") if (words := cmdline(pid)) and words[0] == "ssh" and of in words[-1]]
+    os.kill(ssh, signal.SIGKILL)
+    assert process.wait(60) == 1
+    assert gone(lab, job, 0)
+
+
+def test_ctrl_c_leaves_a_checkpoint(lab: Lab, long_job, tmp_path: Path) -> None:
+    process, job = long_job("horovodrun over Gloo")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)  # a terminal's user who presses twice at once means it once
+    assert process.wait(60) == 75
+    assert gone(lab, job, 0)
+    assert list((tmp_path / "run" / "checkpoints").glob("*.pt"))
+
+
 def test_a_worker_that_dies_ends_the_job(lab: Lab, long_job) -> None:
     process, job = long_job("horovodrun over Gloo")
     os.kill(workers(lab, job)["node2"][0], signal.SIGKILL)

@@ -22,10 +22,8 @@ HOROYOLO = [sys.executable, "-m", "horoyolo"]
 def train_words(dataset: Path, project: Path, epochs: int = EPOCHS, name: str = "run") -> list[str]:
     """The words of ``horoyolo train`` for a run in PROJECT/NAME."""
     size = ["--cfg", "yolov5n", "--img", 64, "--batch", 16, "--precision", "fp32", "--sync-bn", "--workers", 0, "--epochs", epochs]
-    # At YOLOv5's own rates a fresh detector is chaotic: see tests/engine/test_train.py.
-    rates = ["--set", "hyp.lr0=0.001", "--set", "hyp.warmup_bias_lr=0.01"]
     place = ["--data", dataset, "--project", project, "--name", name, "--set", f"evaluate_every={epochs}"]
-    return ["train", *map(str, [*size, *rates, *place])]
+    return ["train", *map(str, [*size, *place])]
 
 
 def steps(folder: Path) -> list[dict[str, str]]:
@@ -38,14 +36,14 @@ def steps(folder: Path) -> list[dict[str, str]]:
 
 
 def check_same_run(together: list[dict[str, str]], alone: list[dict[str, str]], num_workers: int) -> None:
-    """Fail where a run differs from that of a single process: other batches, or losses off by more than a thousandth."""
+    """Fail where a run differs from that of a single process: other batches, or losses by more than they are rounded."""
     assert len(together) == len(alone) == 3 * EPOCHS
     assert {row["workers"] for row in together} == {str(num_workers)}
     for mine, theirs in zip(alone, together, strict=True):
         for column in ("step", "epoch", "update", "images", "batch_crc", "lr"):
             assert theirs[column] == mine[column], column
         for column in LOSSES:
-            assert float(theirs[column]) == pytest.approx(float(mine[column]), rel=1e-3), (column, mine["step"])
+            assert float(theirs[column]) == pytest.approx(float(mine[column]), rel=1e-6), (column, mine["step"])
 
 
 def cmdline(pid: int) -> list[str]:
