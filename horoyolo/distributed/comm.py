@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -239,7 +240,7 @@ def open_comm(cycle_time_ms: float = 1.0) -> Comm:
     Horovod's background thread looks for work every ``cycle_time_ms``: a wait for each collective, and a disturbance when there is none. The
     environment's HOROVOD_CYCLE_TIME goes before it.
 
-    Raises InputError when several workers were started and Horovod is missing or sees a different number of them.
+    Raises InputError when several workers were started and Horovod is missing, can't start here, or sees a different number of them.
     """
     size = num_workers(os.environ)
     if size == 1:
@@ -248,6 +249,7 @@ def open_comm(cycle_time_ms: float = 1.0) -> Comm:
         import horovod.torch as hvd
     except ImportError as error:
         raise InputError(f"{size} workers were started without Horovod ({error}): run scripts/setup.sh, or start one worker") from error
+    check_own_name(os.environ)
     # Buckets are large and fixed already: fusing them by arrival would cost a copy and make the order of sums depend on timing.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
     os.environ.setdefault("HOROVOD_CYCLE_TIME", str(cycle_time_ms))
@@ -257,6 +259,17 @@ def open_comm(cycle_time_ms: float = 1.0) -> Comm:
         hvd.shutdown()
         raise InputError(f"the launcher started {size} workers but Horovod sees {seen}: start them by horovodrun, or by Horovod's own MPI")
     return HorovodComm(hvd)
+
+
+def check_own_name(env: Mapping[str, str]) -> None:
+    """Raises InputError when Gloo, which looks up this host's name, would crash because nobody knows it."""
+    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in env:
+        return
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+    except OSError:
+        name = socket.gethostname()
+        raise InputError(f"the name of this host, {name}, does not resolve on it: add `ADDRESS {name}` to its /etc/hosts") from None
 
 
 def num_workers(env: Mapping[str, str]) -> int:

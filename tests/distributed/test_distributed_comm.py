@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from horoyolo.config import InputError
-from horoyolo.distributed.comm import LocalComm, broadcast_tensors, num_workers, open_comm
+from horoyolo.distributed.comm import LocalComm, broadcast_tensors, check_own_name, num_workers, open_comm
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,14 @@ def test_number_of_workers_comes_from_the_launcher(env, expected):
 def test_a_number_of_workers_that_is_none_is_the_users_error():
     with pytest.raises(InputError, match="HOROVOD_SIZE='two'"):
         num_workers({"HOROVOD_SIZE": "two"})
+
+
+def test_a_host_whose_own_name_is_unknown_is_told_before_gloo_crashes(monkeypatch):
+    check_own_name({"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1"})
+    monkeypatch.setattr("socket.gethostname", lambda: "nobody-knows.invalid")
+    check_own_name({})  # no Gloo
+    with pytest.raises(InputError, match=r"nobody-knows\.invalid, does not resolve.*/etc/hosts"):
+        check_own_name({"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1"})
 
 
 def test_one_worker_needs_no_horovod(monkeypatch):
