@@ -16,7 +16,7 @@ cuda=$("$python" -c 'import torch; print(torch.version.cuda or "")')
 if [ -n "$cuda" ] && command -v nvcc >/dev/null; then
     nccl=$("$python" -c 'import nvidia.nccl; print(list(nvidia.nccl.__path__)[0])')
     [ -e "$nccl/lib/libnccl.so" ] || ln -s libnccl.so.2 "$nccl/lib/libnccl.so"
-    cuda_home=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+    cuda_home=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")}
     options="$options HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_INCLUDE=$nccl/include HOROVOD_NCCL_LIB=$nccl/lib"
     options="$options HOROVOD_CUDA_HOME=$cuda_home HOROVOD_BUILD_CUDA_CC_LIST=${HOROVOD_BUILD_CUDA_CC_LIST:-80,90}"
 fi
