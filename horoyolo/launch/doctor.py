@@ -207,7 +207,8 @@ def _measure_at_once(
     def hear(pair: tuple[str, str]) -> dict[str, Any]:
         return sessions[pair[1]].ask("heard", meeting_s)
 
-    sent = list(pool.map(send, pairs, pool.map(listen, pairs)))
+    listening = list(pool.map(listen, pairs))  # all of them: a host that sends is one that listens too, and is asked one thing at a time
+    sent = list(pool.map(send, pairs, listening))
     return [_link(pair, tried, got) for pair, tried, got in zip(pairs, sent, pool.map(hear, pairs), strict=True)]
 
 

@@ -235,6 +235,7 @@ def _by_srun(words: Sequence[str], options: SlurmOptions, folder: str, python: s
         *WAIT,
         "# What the job came to, from the notes of all workers.",
         f'status=$({shlex.join([*once, *worker, "horoyolo.launch.status"])} "$HOROYOLO_STATUS_DIR" "$status") || status=1',
+        'rm -rf "$HOROYOLO_STATUS_DIR"  # now: a requeue may kill this shell before it comes to its end',
         "",
     ]
 
