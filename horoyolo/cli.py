@@ -287,9 +287,9 @@ def _describe_doctor(parser: _Parser) -> None:
 
 def _doctor(parsed: argparse.Namespace) -> int:
     from horoyolo.launch.doctor import run_doctor
-    from horoyolo.launch.start import named_hosts, ssh_of
+    from horoyolo.launch.start import chosen_ssh, named_hosts
 
-    return run_doctor(named_hosts(parsed, os.environ), parsed.data, parsed.nic, parsed.json, ssh_of(parsed))
+    return run_doctor(named_hosts(parsed, os.environ), parsed.data, parsed.nic, parsed.json, chosen_ssh(parsed))
 
 
 def _describe_data(parser: _Parser) -> None:

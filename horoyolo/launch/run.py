@@ -21,7 +21,8 @@ from horoyolo.launch.command import build_command, launcher_folder
 from horoyolo.launch.environment import launcher_env
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.job import Job
-from horoyolo.launch.remote import LaunchError, Ssh, is_local, ssh_argv
+from horoyolo.launch.remote import LaunchError, is_local, ssh_argv
+from horoyolo.launch.session import ssh_to
 from horoyolo.launch.slurm import SlurmOptions, srun_command
 from horoyolo.launch.status import STATUS_DIR, job_status
 
@@ -179,8 +180,7 @@ def _agent_lines(job: Job, hosts: Sequence[Host], launcher: str) -> dict[str, tu
     python_path = [f"PYTHONPATH={job.env['PYTHONPATH']}"] if "PYTHONPATH" in job.env else []
     for host in hosts:
         if not is_local(host.name):
-            ssh = Ssh(host.port or job.ssh.port, job.ssh.identity)
-            lines[host.name] = (ssh_argv(host.name, ["env", "-C", job.cwd, *python_path, *command], ssh), 1)
+            lines[host.name] = (ssh_argv(host.name, ["env", "-C", job.cwd, *python_path, *command], ssh_to(host, job.ssh)), 1)
     return lines
 
 

@@ -43,7 +43,7 @@ class Session:
         # Where the workers' Python is missing, the rest can still be looked at with the system's.
         script = f'python={shlex.quote(python)}; [ -x "$python" ] || python=python3; exec "$python" -u -c {shlex.quote(boot)}'
         command = ["sh", "-c", script]
-        argv = command if is_local(host.name) else ssh_argv(host.name, command, ssh_of(host, ssh))
+        argv = command if is_local(host.name) else ssh_argv(host.name, command, ssh_to(host, ssh))
         self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         self._complaint = b""
         self._reader = threading.Thread(target=self._read_complaint, daemon=True)
@@ -109,7 +109,7 @@ class Session:
             self._complaint = (self._complaint + line)[-8000:]
 
 
-def ssh_of(host: Host, ssh: Ssh) -> Ssh:
+def ssh_to(host: Host, ssh: Ssh) -> Ssh:
     """How to log in to this host: its own port where the host list gives one."""
     return replace(ssh, port=host.port or ssh.port)
 

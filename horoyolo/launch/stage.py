@@ -22,7 +22,7 @@ from typing import IO, Protocol
 from horoyolo.launch.hosts import Host, bracketed
 from horoyolo.launch.judge import size_text
 from horoyolo.launch.remote import Ssh, is_local, ssh_argv, ssh_options
-from horoyolo.launch.session import SSH_FAILED, Unreachable, explain, ssh_of
+from horoyolo.launch.session import SSH_FAILED, Unreachable, explain, ssh_to
 
 MAX_COPIES = 16  # at once: more would only share this machine's link, each with a list of all files in memory
 PROGRESS_S = 5.0  # between two lines of a host
@@ -221,7 +221,7 @@ class Stage:
         target = self._partial(host) + "/"
         remote: list[str] = []
         if not is_local(host.name):
-            remote = ["-s", "-e", shlex.join(["ssh", *ssh_options(ssh_of(host, self._ssh))])]
+            remote = ["-s", "-e", shlex.join(["ssh", *ssh_options(ssh_to(host, self._ssh))])]
             target = f"{bracketed(host.name)}:{target}"
         checksum = ["--checksum"] if look_closely else []
         options = ["-rLt", "--partial", "--info=progress2", "--no-inc-recursive", f"--timeout={SILENCE_S}", *checksum]
@@ -285,7 +285,7 @@ class Stage:
 
     def _run(self, host: Host, command: Sequence[str], limit_s: float) -> tuple[int, str, str]:
         """Exit status, output and complaint of a command on a host; raises StageError when it can't be reached."""
-        argv = list(command) if is_local(host.name) else ssh_argv(host.name, command, ssh_of(host, self._ssh))
+        argv = list(command) if is_local(host.name) else ssh_argv(host.name, command, ssh_to(host, self._ssh))
         with self._started(argv) as process:
             try:
                 output, complaint = (text.decode("utf-8", "replace") for text in process.communicate(timeout=limit_s))

@@ -52,14 +52,14 @@ def chosen_hosts(parsed: argparse.Namespace, env: Mapping[str, str]) -> list[Hos
     return take_slots(hosts, parsed.num_proc or sum(host.slots for host in hosts))
 
 
-def ssh_of(parsed: argparse.Namespace) -> Ssh:
+def chosen_ssh(parsed: argparse.Namespace) -> Ssh:
     """How the flags say to log in to hosts."""
     return Ssh(parsed.ssh_port, parsed.ssh_identity)
 
 
 def stage_data(layout: DataLayout, parsed: argparse.Namespace, hosts: Sequence[Host]) -> str:
     """Copies a data set to the hosts that lack it, unless this is a dry run; gives the data.yaml of the copies. LaunchError: a host has none."""
-    stage = Stage(layout, parsed.stage, ssh_of(parsed))
+    stage = Stage(layout, parsed.stage, chosen_ssh(parsed))
     problems = [] if parsed.dry_run else stage.stage_all(hosts)
     if problems:
         raise LaunchError("; ".join(problems))
@@ -75,7 +75,7 @@ def build_job(parsed: argparse.Namespace, words: Sequence[str], hosts: Sequence[
         env=job_env(hosts, len(os.sched_getaffinity(0)), env, parsed.variables),
         transport=parsed.transport,
         nic=nic,
-        ssh=ssh_of(parsed),
+        ssh=chosen_ssh(parsed),
         cwd=str(Path.cwd()),
         as_root=os.geteuid() == 0,
     )
