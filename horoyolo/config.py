@@ -73,6 +73,11 @@ class Comms:
     """How workers exchange gradients."""
 
     compression: str = "none"
+    warmup_updates: int = 20  # sent as they are before a lossy compression starts; topk reaches its ratio by then
+    int8_block: int = 1024  # values with a scale of their own
+    onebit_block: int = 256
+    topk_ratio: float = 0.01  # of the values sent
+    powersgd_rank: int = 4
     bucket_mb: float = 25.0  # size of a gradient bucket in MB (10^6 bytes)
     overlap: str = "auto"  # buckets leave while backward runs: yes, no; auto: on GPUs without sync_bn
     sync_bn: bool = False  # BatchNorm over the global batch

@@ -39,7 +39,7 @@ def main() -> None:
     stepper = Stepper(numerics, parsed.cfg, parsed.img, parsed.batch, seed=comm.rank())
     if comm.size() > 1:
         comms = Comms()
-        compressor = build_compressor(comms.compression)
+        compressor = build_compressor(comms)
         stepper.exchange = Exchange(stepper.model.named_parameters(), compressor, comm, comms.bucket_mb, overlaps(comms, numerics))
     stepper.seconds(WARMUP_STEPS)
     if parsed.wait:

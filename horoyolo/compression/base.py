@@ -1,13 +1,20 @@
 """What every way of summing gradients over workers has in common.
 
-A compressor turns a bucket of this worker's gradients into the sum over workers, in place and in two halves, so that other work fits
-between: ``start`` sends (and may first encode), ``finish`` waits (and may decode, or run a second round). Its laws: the result has the same
-bits on every worker; it depends on the values and on the number of workers alone, not on timing; ``finish`` says how many bytes this worker
-sent.
+A compressor turns a bucket of this worker's gradients into the sum over workers, in place and in steps, so that other work fits between:
+``start`` encodes and sends, ``proceed`` begins the second round of those that have one, ``finish`` waits and decodes. Its laws, which tests
+state over every entry of the table:
+
+- The result has the same bits on every worker, and depends on values, settings and the number of workers alone, not on timing.
+- Over all workers, gradients + old residuals = result + sum of new residuals, but for rounding: what was not sent is kept, not lost.
+- ``finish`` says how many bytes this worker sent.
+- Where any worker's gradient is not finite, so is the result, on every worker; ``discard`` then leaves all state as it was.
+- State that all workers share (``state_dict``) and state of this rank (``rank_state_dict``) survive being saved and loaded.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -23,25 +30,96 @@ class Bucket(Protocol):
     @property
     def params(self) -> list[tuple[str, nn.Parameter]]: ...
     @property
-    def grads(self) -> list[Tensor]: ...  # views into flat
+    def grads(self) -> list[Tensor]: ...  # views into flat, one after the other
 
 
 class Comm(Protocol):
-    """The part of ``distributed.comm.Comm`` that compressors use."""
+    """The part of ``distributed.comm.Comm`` that compressors use; the names of collectives that are under way must differ."""
 
+    def rank(self) -> int: ...
     def size(self) -> int: ...
     def allreduce_async(self, tensor: Tensor, name: str, op: Literal["sum", "max"] = "sum") -> Any: ...
+    def allgather_async(self, tensor: Tensor, name: str) -> Any: ...
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Any: ...
 
 
 class Pending(Protocol):
     """A bucket under way."""
 
+    def proceed(self) -> None:
+        """Wait for the first of two rounds and begin the second; does nothing where there is one round."""
+
     def finish(self) -> int:
         """Return when the bucket holds the sum over workers; gives the bytes that this worker sent."""
 
 
-class Compressor(Protocol):
-    """Sums buckets over workers."""
+class Compressor(ABC):
+    """Sums buckets over workers. An update is a ``start``, ``proceed`` and ``finish`` of every bucket, then ``commit`` or ``discard``."""
 
+    @abstractmethod
     def start(self, bucket: Bucket, comm: Comm) -> Pending:
         """Begin to replace ``bucket.flat`` by its sum over workers."""
+
+    def commit(self) -> None:
+        """The update's sums are finite and will be used: state moves on."""
+
+    def discard(self) -> None:
+        """The update is left out: state is again what it was before."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that is the same on all workers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave."""
+
+    def rank_state_dict(self) -> dict[str, Tensor]:
+        """State of this rank alone, by parameter name, in the parameter's shape."""
+        return {}
+
+    def load_rank_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes back what ``rank_state_dict`` gave; what is missing counts as zero."""
+
+
+class Lossy(ABC):
+    """A way to sum that does not send everything. It says what it has left out; ``ErrorFeedback`` makes a Compressor of it.
+
+    ``update`` counts the updates that were used. It is the same on all workers, and all that ramps, alternates or draws random numbers goes
+    by it.
+    """
+
+    def __init__(self) -> None:
+        self.update = 0
+
+    @abstractmethod
+    def start(self, bucket: Bucket, comm: Comm, residual: Tensor) -> Pending:
+        """Begin to replace ``bucket.flat`` by (about) its sum over workers.
+
+        By ``finish``, ``residual`` (numel,), whose content is undefined before, holds what of ``bucket.flat`` this worker has not sent. Who
+        rounds a partial sum again adds that error to his own.
+        """
+
+    def commit(self) -> None:
+        """The update was used: state moves on. Overrides call this one."""
+        self.update += 1
+
+    def discard(self) -> None:
+        """The update is left out: state is again what it was before."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that is the same on all workers. Overrides add to it."""
+        return {"update": self.update}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave."""
+        self.update = state["update"]
+
+
+def ring_bytes(num_bytes: int, size: int) -> int:
+    """Bytes that one of ``size`` workers sends in a ring allreduce of ``num_bytes``: every part but one, twice."""
+    return 2 * (size - 1) * num_bytes // size
+
+
+def gather_bytes(part_bytes: Sequence[int], rank: int) -> int:
+    """Bytes that worker ``rank`` sends in a ring allgather of parts of these sizes: every part passes him but that of the next worker."""
+    return sum(part_bytes) - part_bytes[(rank + 1) % len(part_bytes)]

@@ -101,12 +101,21 @@ class ExactSum:
         wire_bytes = 2 * (comm.size() - 1) * flat.numel() * flat.element_size() // comm.size()
         return _ExactPending(bucket, comm.allreduce_async(flat, bucket.name), wire_bytes)
 
+    def commit(self) -> None:
+        pass
+
+    def discard(self) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class _ExactPending:
     bucket: Bucket
     handle: Handle
     wire_bytes: int
+
+    def proceed(self) -> None:
+        pass
 
     def finish(self) -> int:
         self.bucket.flat.copy_(self.handle.wait())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from horoyolo.distributed.buckets import Bucket, build_buckets
@@ -16,21 +18,31 @@ from horoyolo.distributed.comm import Comm
 class Pending(Protocol):
     """A bucket under way."""
 
+    def proceed(self) -> None:
+        """Wait for the first of two rounds and begin the second; does nothing where there is one round."""
+
     def finish(self) -> int:
         """Return when the bucket holds the sum over workers; gives the bytes that this worker sent."""
 
 
 class Compressor(Protocol):
-    """How a bucket is summed over workers; the entries are in ``horoyolo.compression``."""
+    """How buckets are summed over workers; the contract and its laws are in ``horoyolo.compression.base``."""
 
     def start(self, bucket: Bucket, comm: Comm) -> Pending:
         """Begin to replace ``bucket.flat`` by its sum over workers."""
 
+    def commit(self) -> None:
+        """The update's sums are finite and will be used: state moves on."""
+
+    def discard(self) -> None:
+        """The update is left out: state is again what it was before."""
+
 
 @dataclass(frozen=True)
 class ExchangeStats:
-    """What one exchange cost."""
+    """What one exchange gave and what it cost."""
 
+    norm: float  # 2-norm of all summed gradients together, the same on every worker; not finite: the update is to be left out
     wait_s: float  # time in ``finish``: what backward did not hide
     wire_bytes: int  # sent by this worker
 
@@ -59,11 +71,14 @@ class Exchange:
         bucket_mb: float,
         overlap: bool = True,
     ):
-        self.buckets = build_buckets(named_parameters, bucket_mb)
+        self._parameters = list(named_parameters)
+        self.buckets = build_buckets(self._parameters, bucket_mb)
+        self._trained = {name for bucket in self.buckets for name, _ in bucket.params}
         self._compressor = compressor
         self._comm = comm
         self._overlap = overlap
         self._armed = False
+        self._loss_scale = 1.0
         self._missing: list[set[str]] = []  # names of the gradients that backward still owes, for each bucket
         self._pending: dict[int, Pending] = {}
         self._hooks = [
@@ -78,16 +93,25 @@ class Exchange:
             for _, param in bucket.params:
                 param.grad = None
 
-    def arm(self) -> None:
-        """The next backward is the last of this update: buckets may leave as they fill."""
+    def arm(self, loss_scale: float = 1.0) -> None:
+        """The next backward is the last of this update: buckets may leave as they fill.
+
+        Gradients are divided by ``loss_scale``, a power of two, before they leave: what compressors keep must not depend on it.
+        Raises RuntimeError when other parameters are trained than those the exchange was built for.
+        """
         if self._armed:
             raise RuntimeError("the exchange was armed twice without finish() between")
+        changed = [name for name, param in self._parameters if param.requires_grad != (name in self._trained)]
+        if changed:
+            raise RuntimeError(f"{', '.join(changed)}: frozen or thawed since the exchange was built; close it and build another")
         self._armed = True
+        self._loss_scale = loss_scale
         self._missing = [{name for name, _ in bucket.params} for bucket in self.buckets]
 
     def finish(self) -> ExchangeStats:
         """Send what has not left yet and wait for everything; afterwards every gradient is the sum over workers, the same bits on each.
 
+        A sum that is not finite leaves the compressor as it was before the update. All workers find the same: they hold the same bits.
         Raises RuntimeError when the exchange was not armed.
         """
         if not self._armed:
@@ -98,10 +122,19 @@ class Exchange:
                 for (_, param), grad in zip(bucket.params, bucket.grads, strict=True):
                     _place(param, grad)
                 self._start(index)
-        wire_bytes = sum(self._pending[index].finish() for index in range(len(self.buckets)))
+        pending = [self._pending[index] for index in range(len(self.buckets))]
+        for each in pending:
+            each.proceed()
+        wire_bytes = sum(each.finish() for each in pending)
         self._pending.clear()
         self._armed = False
-        return ExchangeStats(time.perf_counter() - start_s, wire_bytes)
+        wait_s = time.perf_counter() - start_s
+        norm = global_norm([bucket.flat for bucket in self.buckets])
+        if math.isfinite(norm):
+            self._compressor.commit()
+        else:
+            self._compressor.discard()
+        return ExchangeStats(norm, wait_s, wire_bytes)
 
     def close(self) -> None:
         """Remove the hooks; gradients stay where they are."""
@@ -123,7 +156,15 @@ class Exchange:
         return gradient_ready
 
     def _start(self, index: int) -> None:
+        if self._loss_scale != 1:
+            self.buckets[index].flat.div_(self._loss_scale)
         self._pending[index] = self._compressor.start(self.buckets[index], self._comm)
+
+
+def global_norm(flats: list[Tensor]) -> float:
+    """The 2-norm of all values together, in one pass over each buffer."""
+    norms = [torch.linalg.vector_norm(flat) for flat in flats]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
 def _place(param: nn.Parameter, grad: Tensor) -> None:

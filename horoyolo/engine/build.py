@@ -163,7 +163,7 @@ def build_exchange(model: YOLO, comms: Comms, numerics: Numerics, comm: Comm) ->
     With synchronised BatchNorm on CPUs in full precision nothing but the order of sums tells one number of workers from another: there sums are
     made exact, and losses and weights have the same bits at any number.
     """
-    compressor: Compressor = build_compressor(comms.compression)
+    compressor: Compressor = build_compressor(comms)
     if comms.sync_bn and numerics.device.type == "cpu" and numerics.dtype == torch.float32 and comms.compression == "none":
         try:
             compressor = ExactSum(convert_exact(model))
