@@ -60,23 +60,38 @@ class Compressor(ABC):
     def start(self, bucket: Bucket, comm: Comm) -> Pending:
         """Begin to replace ``bucket.flat`` by its sum over workers."""
 
+    @abstractmethod
     def commit(self) -> None:
         """The update's sums are finite and will be used: state moves on."""
 
+    @abstractmethod
     def discard(self) -> None:
         """The update is left out: state is again what it was before."""
 
+    @abstractmethod
+    def overlap(self) -> bool | None:
+        """Whether buckets should leave while backward runs in the next update; None: no wish."""
+
+    @abstractmethod
+    def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
+        """What the update just committed cost: from the start of its last backward to its sums, and the part of it after backward.
+
+        Every worker calls it at the same update; collectives are allowed here, and only here.
+        """
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """State that is the same on all workers."""
-        return {}
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what ``state_dict`` gave."""
 
+    @abstractmethod
     def rank_state_dict(self) -> dict[str, Tensor]:
         """State of this rank alone, by parameter name, in the parameter's shape."""
-        return {}
 
+    @abstractmethod
     def load_rank_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes back what ``rank_state_dict`` gave; what is missing counts as zero."""
 
@@ -87,6 +102,11 @@ class Lossy(ABC):
     ``update`` counts the updates that were used. It is the same on all workers, and all that ramps, alternates or draws random numbers goes
     by it.
     """
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing will be left out of the update under way; its ``residual`` is then an empty tensor, to be left alone."""
+        return False
 
     def __init__(self) -> None:
         self.update = 0
@@ -103,7 +123,7 @@ class Lossy(ABC):
         """The update was used: state moves on. Overrides call this one."""
         self.update += 1
 
-    def discard(self) -> None:
+    def discard(self) -> None:  # noqa: B027, most have nothing to undo
         """The update is left out: state is again what it was before."""
 
     def state_dict(self) -> dict[str, Any]:

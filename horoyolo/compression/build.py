@@ -1,26 +1,41 @@
-"""Which compressors there are."""
+"""Which ways to sum there are, and the compressors made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from horoyolo.compression.base import Compressor, Lossy
 from horoyolo.compression.dense import Dense
 from horoyolo.compression.feedback import ErrorFeedback
+from horoyolo.compression.policy import Auto
 from horoyolo.compression.warmup import WarmUp
 from horoyolo.config import Comms, InputError
 
-COMPRESSORS: dict[str, Callable[[Comms], Compressor]] = {
+# In falling order of faithfulness: of two that are as quick, `auto` takes the first.
+COMPRESSORS: dict[str, Callable[[Comms], Lossy]] = {
     "none": lambda comms: Dense(),
 }
+AUTO = "auto"
+NAMES = (*COMPRESSORS, AUTO)
 
 
-def build_compressor(comms: Comms) -> Compressor:
-    """The compressor that ``comms.compression`` names; raises InputError naming the known ones."""
-    if comms.compression not in COMPRESSORS:
-        raise InputError(f"unknown compression {comms.compression!r} (--compression): known are {', '.join(COMPRESSORS)}")
-    return COMPRESSORS[comms.compression](comms)
+def build_compressor(comms: Comms, overlaps: tuple[bool, ...] = ()) -> Compressor:
+    """The compressor that ``comms.compression`` names. Where there is a choice, of entries (`auto`) or of ``overlaps``, it measures and chooses.
+
+    ``overlaps`` are the times at which buckets may leave: while backward runs (True), after it (False); empty: the exchange knows.
+    Raises InputError naming the known ones.
+    """
+    name = comms.compression
+    if name != AUTO and name not in COMPRESSORS:
+        raise InputError(f"unknown compression {name!r} (--compression): known are {', '.join(NAMES)}")
+    if name != AUTO and len(overlaps) < 2:
+        return ErrorFeedback(COMPRESSORS[name](comms))
+    if name != AUTO:
+        return Auto({name: lambda: COMPRESSORS[name](comms)}, overlaps)
+    steady = replace(comms, warmup_updates=0)
+    return Auto({entry: lambda entry=entry: COMPRESSORS[entry](steady) for entry in COMPRESSORS}, overlaps, comms.warmup_updates)  # type: ignore[misc]
 
 
-def _late(lossy: Lossy, comms: Comms) -> Compressor:
-    return WarmUp(ErrorFeedback(lossy), comms.warmup_updates)
+def _late(lossy: Lossy, comms: Comms) -> Lossy:
+    return WarmUp(lossy, comms.warmup_updates)

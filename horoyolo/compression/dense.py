@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from horoyolo.compression.base import Bucket, Comm, Compressor, Pending, ring_bytes
+from torch import Tensor
+
+from horoyolo.compression.base import Bucket, Comm, Lossy, Pending, ring_bytes
 
 
-class Dense(Compressor):
-    """Sums each bucket with one allreduce in place."""
+class Dense(Lossy):
+    """Sums each bucket with one allreduce in place, and leaves nothing out."""
 
-    def start(self, bucket: Bucket, comm: Comm) -> Pending:
+    @property
+    def exact(self) -> bool:
+        return True
+
+    def start(self, bucket: Bucket, comm: Comm, residual: Tensor) -> Pending:
         """Hand the bucket to the network as it is."""
         wire_bytes = ring_bytes(bucket.flat.numel() * bucket.flat.element_size(), comm.size())
         return _DensePending(comm.allreduce_async(bucket.flat, bucket.name), wire_bytes)

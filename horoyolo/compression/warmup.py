@@ -1,4 +1,4 @@
-"""A lossy compressor that starts later."""
+"""A lossy way to sum that starts later."""
 
 from __future__ import annotations
 
@@ -6,44 +6,42 @@ from typing import Any
 
 from torch import Tensor
 
-from horoyolo.compression.base import Bucket, Comm, Compressor, Pending
+from horoyolo.compression.base import Bucket, Comm, Lossy, Pending
 from horoyolo.compression.dense import Dense
 
 
-class WarmUp(Compressor):
+class WarmUp(Lossy):
     """Sends the first ``updates`` updates as they are: early gradients change fastest, and an error kept from them is stale when it is sent.
 
     PyTorch's PowerSGD hook waits likewise (``start_powerSGD_iter``).
     """
 
-    def __init__(self, compressor: Compressor, updates: int):
-        self.compressor = compressor
+    def __init__(self, lossy: Lossy, updates: int):
+        super().__init__()
+        self._lossy = lossy
         self._updates = updates
-        self._done = 0
         self._dense = Dense()
 
-    def start(self, bucket: Bucket, comm: Comm) -> Pending:
-        return self._active().start(bucket, comm)
+    @property
+    def exact(self) -> bool:
+        return self._active().exact
+
+    def start(self, bucket: Bucket, comm: Comm, residual: Tensor) -> Pending:
+        return self._active().start(bucket, comm, residual)
 
     def commit(self) -> None:
         self._active().commit()
-        self._done += 1
+        super().commit()
 
     def discard(self) -> None:
         self._active().discard()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self._done, "compressor": self.compressor.state_dict()}
+        return {**super().state_dict(), "lossy": self._lossy.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._done = state["done"]
-        self.compressor.load_state_dict(state["compressor"])
+        super().load_state_dict(state)
+        self._lossy.load_state_dict(state["lossy"])
 
-    def rank_state_dict(self) -> dict[str, Tensor]:
-        return self.compressor.rank_state_dict()
-
-    def load_rank_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.compressor.load_rank_state_dict(state)
-
-    def _active(self) -> Compressor:
-        return self._dense if self._done < self._updates else self.compressor
+    def _active(self) -> Lossy:
+        return self._dense if self.update < self._updates else self._lossy

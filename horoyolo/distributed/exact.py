@@ -107,6 +107,12 @@ class ExactSum:
     def discard(self) -> None:
         pass
 
+    def overlap(self) -> bool | None:
+        return False
+
+    def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class _ExactPending:

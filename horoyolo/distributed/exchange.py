@@ -37,6 +37,12 @@ class Compressor(Protocol):
     def discard(self) -> None:
         """The update is left out: state is again what it was before."""
 
+    def overlap(self) -> bool | None:
+        """Whether buckets should leave while backward runs in the next update; None: no wish."""
+
+    def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
+        """What the update just committed cost, from the start of its last backward, and in ``finish``; collectives are allowed here."""
+
 
 @dataclass(frozen=True)
 class ExchangeStats:
@@ -60,7 +66,8 @@ class Exchange:
     A bucket whose gradients are all there leaves at once when armed. What did not fill (unused parameters, a worker without images, which
     arms and finishes without a backward) leaves in ``finish`` with what it holds, zeros for gradients that never came.
 
-    With ``overlap=False`` all buckets leave in ``finish``: better where the forward and backward passes have collectives of their own.
+    With ``overlap=False`` all buckets leave in ``finish``: better where the forward and backward passes have collectives of their own. A
+    compressor that measures may wish otherwise.
     """
 
     def __init__(
@@ -78,7 +85,9 @@ class Exchange:
         self._comm = comm
         self._overlap = overlap
         self._armed = False
+        self._armed_s = 0.0
         self._loss_scale = 1.0
+        self._leave_early = overlap
         self._missing: list[set[str]] = []  # names of the gradients that backward still owes, for each bucket
         self._pending: dict[int, Pending] = {}
         self._hooks = [
@@ -105,7 +114,10 @@ class Exchange:
         if changed:
             raise RuntimeError(f"{', '.join(changed)}: frozen or thawed since the exchange was built; close it and build another")
         self._armed = True
+        self._armed_s = time.perf_counter()
         self._loss_scale = loss_scale
+        wish = self._compressor.overlap()
+        self._leave_early = self._overlap if wish is None else wish
         self._missing = [{name for name, _ in bucket.params} for bucket in self.buckets]
 
     def finish(self) -> ExchangeStats:
@@ -128,13 +140,14 @@ class Exchange:
         wire_bytes = sum(each.finish() for each in pending)
         self._pending.clear()
         self._armed = False
-        wait_s = time.perf_counter() - start_s
+        done_s = time.perf_counter()
         norm = global_norm([bucket.flat for bucket in self.buckets])
         if math.isfinite(norm):
             self._compressor.commit()
+            self._compressor.measured(done_s - self._armed_s, done_s - start_s, self._comm)
         else:
             self._compressor.discard()
-        return ExchangeStats(norm, wait_s, wire_bytes)
+        return ExchangeStats(norm, done_s - start_s, wire_bytes)
 
     def close(self) -> None:
         """Remove the hooks; gradients stay where they are."""
@@ -150,7 +163,7 @@ class Exchange:
             if not self._armed:
                 return
             self._missing[index].discard(name)
-            if not self._missing[index] and self._overlap:
+            if not self._missing[index] and self._leave_early:
                 self._start(index)
 
         return gradient_ready

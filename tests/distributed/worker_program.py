@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from horoyolo.compression.dense import Dense
+from horoyolo.compression.feedback import ErrorFeedback
 from horoyolo.distributed.comm import Comm, broadcast_tensors, open_comm
 from horoyolo.distributed.exchange import Exchange
 from horoyolo.distributed.syncbn import average_bn_buffers, convert_sync_bn
@@ -58,7 +59,7 @@ def exchanged_gradients(comm: Comm, channels_last: bool, micro_batches: int, ove
     reference = copy.deepcopy(model)
     for _ in range(micro_batches):
         reference(images).square().sum().backward()
-    exchange = Exchange(model.named_parameters(), Dense(), comm, BUCKET_MB, overlap)
+    exchange = Exchange(model.named_parameters(), ErrorFeedback(Dense()), comm, BUCKET_MB, overlap)
     sums = []
     for _ in range(2):
         exchange.zero_grad()

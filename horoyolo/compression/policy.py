@@ -1,0 +1,329 @@
+"""Which way to sum gives the shortest step on this job's machines and links: predicted from what they measure, then tried.
+
+What is compared is the tail of an update: from the start of its last backward to its sums. Data, forward and the optimizer are the same for all.
+A prediction chooses who is worth trying (on a slow link one plain update can cost as much as ten others); trials in turn, a few each, choose
+among those, since no model knows how cores and network disturb each other. All workers go by the same agreed figures.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from horoyolo.compression.base import Bucket, Comm, Compressor, Lossy, Pending, ring_bytes
+from horoyolo.compression.feedback import ErrorFeedback
+
+log = logging.getLogger("horoyolo")
+
+WORTH_TRYING = 1.5  # predicted tail against the shortest predicted one
+AS_QUICK = 1.02  # of choices within this of the quickest the most faithful is taken
+ROUNDS = 5  # trials of each choice
+LOOK_EVERY = 50  # updates between two looks at a settled choice
+CHANGED = 1.3  # a tail that grew or shrank by this is another job: look again
+PROBE_BYTES = 1 << 20
+
+
+class Choice(NamedTuple):
+    """A way to sum, and whether buckets leave while backward runs."""
+
+    entry: str
+    overlap: bool
+
+    def __str__(self) -> str:
+        return f"{self.entry} {'during' if self.overlap else 'after'} backward"
+
+
+class Switch(Lossy):
+    """Several ways to sum, one at a time; what one leaves out the next one sends, since residuals do not belong to a way."""
+
+    def __init__(self, makers: dict[str, Callable[[], Lossy]]):
+        super().__init__()
+        self.members = {name: make() for name, make in makers.items()}
+        self.current = next(iter(self.members))
+
+    @property
+    def exact(self) -> bool:
+        return self.members[self.current].exact
+
+    def start(self, bucket: Bucket, comm: Comm, residual: Tensor) -> Pending:
+        return self.members[self.current].start(bucket, comm, residual)
+
+    def commit(self) -> None:
+        self.members[self.current].commit()
+        super().commit()
+
+    def discard(self) -> None:
+        self.members[self.current].discard()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "current": self.current, "members": {name: member.state_dict() for name, member in self.members.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for name, of_member in state["members"].items():
+            if name in self.members:
+                self.members[name].load_state_dict(of_member)
+        if state["current"] in self.members:
+            self.current = state["current"]
+
+
+class Trials:
+    """Tries choices in turn and drops those that fall behind. All figures must be the same on all workers."""
+
+    def __init__(self, choices: Sequence[Choice], rounds: int = ROUNDS):
+        self.times_s: dict[Choice, list[float]] = {choice: [] for choice in choices}
+        self._rounds = rounds
+
+    def next(self) -> Choice | None:
+        """Whose turn it is; None: all trials are done."""
+        choice = min(self.times_s, key=lambda choice: len(self.times_s[choice]))
+        return choice if len(self.times_s[choice]) < self._rounds else None
+
+    def record(self, choice: Choice, tail_s: float) -> None:
+        """Notes one trial; at the end of a round, from the second on, drops choices whose quickest trial is behind the leader's median."""
+        self.times_s[choice].append(tail_s)
+        tried = {len(times) for times in self.times_s.values()}
+        if len(tried) == 1 and tried.pop() >= 2:
+            leader_s = min(statistics.median(times) for times in self.times_s.values())
+            self.times_s = {choice: times for choice, times in self.times_s.items() if min(times) <= leader_s}
+
+    def best(self) -> Choice:
+        """The quickest by its median; of those about as quick the first."""
+        medians = {choice: statistics.median(times) for choice, times in self.times_s.items()}
+        return next(choice for choice, median_s in medians.items() if median_s <= AS_QUICK * min(medians.values()))
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a worker's network does for it."""
+
+    latency_s: float  # of the smallest allreduce
+    bytes_per_s: float  # sent by one worker in an allreduce of PROBE_BYTES
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a way to sum takes of an update, apart from the link."""
+
+    codec_s: float  # encoding and decoding
+    wire_bytes: int  # sent by a worker
+
+
+def predicted_tail_s(choice: Choice, cost: Cost, link: Link, backward_s: float) -> float:
+    """The tail of an update by a crude model: what leaves during backward hides behind its second half, where the first bucket is full."""
+    net_s = link.latency_s + cost.wire_bytes / link.bytes_per_s
+    if choice.overlap:
+        return max(backward_s + cost.codec_s, backward_s / 2 + cost.codec_s + net_s)
+    return backward_s + cost.codec_s + net_s
+
+
+class Auto(Compressor):
+    """Error feedback around the quickest of several ways to sum, chosen by measurement; looks again when the job changes.
+
+    The first ``plain_updates`` are sent by the first entry: it is the plain one where there are several.
+    """
+
+    def __init__(self, makers: dict[str, Callable[[], Lossy]], overlaps: Sequence[bool], plain_updates: int = 0):
+        self._makers = makers
+        self._switch = Switch(makers)
+        self._feedback = ErrorFeedback(self._switch)
+        self._all = [Choice(entry, overlap) for entry in makers for overlap in overlaps or (False,)]
+        self._steers_overlap = len(overlaps) > 0
+        self._plain = [choice for choice in self._all if choice.entry == self._switch.current]
+        self._plain_updates = max(plain_updates, len(self._plain)) if len(makers) > 1 else 0
+        self._buckets: dict[str, Bucket] = {}
+        self._size = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forgets everything measured."""
+        self._choice = self._plain[0]
+        self._trials: Trials | None = None
+        self._plain_tails_s: dict[Choice, list[float]] = {choice: [] for choice in self._plain}
+        self._backward_s: list[float] = []
+        self._settled_tails_s: list[float] = []
+        self._reference_s = 0.0
+
+    def start(self, bucket: Bucket, comm: Comm) -> Pending:
+        self._buckets[bucket.name] = bucket
+        self._switch.current = self._choice.entry
+        return self._feedback.start(bucket, comm)
+
+    def commit(self) -> None:
+        self._feedback.commit()
+
+    def discard(self) -> None:
+        self._feedback.discard()
+
+    def overlap(self) -> bool | None:
+        return self._choice.overlap if self._steers_overlap else None
+
+    def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
+        if comm.size() == 1 or len(self._all) == 1:
+            return
+        if comm.size() != self._size:
+            self._size = comm.size()
+            self._begin()
+        if self._trials is not None:
+            self._try(self._trials, agreed([tail_s], comm)[0])
+        elif self._reference_s or self._settled_tails_s:
+            self._watch(tail_s, comm)
+        else:
+            self._measure_plain(tail_s, wait_s, comm)
+
+    def _measure_plain(self, tail_s: float, wait_s: float, comm: Comm) -> None:
+        tail_s, wait_s = agreed([tail_s, wait_s], comm)
+        self._plain_tails_s[self._choice].append(tail_s)
+        if not self._choice.overlap:
+            self._backward_s.append(tail_s - wait_s)
+        done = sum(map(len, self._plain_tails_s.values()))
+        if done >= self._plain_updates:
+            self._look(comm)
+        else:
+            self._choice = self._plain[done % len(self._plain)]
+
+    def _look(self, comm: Comm) -> None:
+        """Chooses whom to try."""
+        choices = self._all
+        if len(self._makers) > 1:
+            link, costs = probe_link(comm), self._probe_costs(comm)
+            backward_s = statistics.median(self._backward_s) if self._backward_s else 0.0
+            predicted = {choice: predicted_tail_s(choice, costs[choice.entry], link, backward_s) for choice in self._all}
+            choices = [choice for choice in self._all if predicted[choice] <= WORTH_TRYING * min(predicted.values())]
+            log.info(
+                "compression: backward %.0f ms, link %.1f MB/s and %.2f ms; predicted %s",
+                backward_s * 1e3,
+                link.bytes_per_s / 1e6,
+                link.latency_s * 1e3,
+                ", ".join(f"{choice} {tail_s * 1e3:.0f} ms" for choice, tail_s in predicted.items()),
+            )
+        self._trials = Trials(choices)
+        self._choice = choices[0]
+
+    def _try(self, trials: Trials, tail_s: float) -> None:
+        trials.record(self._choice, tail_s)
+        upcoming = trials.next()
+        if upcoming is not None and len(trials.times_s) > 1:
+            self._choice = upcoming
+            return
+        self._choice = trials.best()
+        self._trials = None
+        self._reference_s = statistics.median(trials.times_s[self._choice])
+        tried = {**self._plain_tails_s, **trials.times_s}
+        described = ", ".join(f"{choice} {statistics.median(times) * 1e3:.0f} ms" for choice, times in tried.items() if times)
+        log.info("compression: from now on %s; backward to sums took: %s", self._choice, described)
+
+    def _watch(self, tail_s: float, comm: Comm) -> None:
+        self._settled_tails_s.append(tail_s)
+        if len(self._settled_tails_s) < LOOK_EVERY:
+            return
+        median_s = agreed([statistics.median(self._settled_tails_s)], comm)[0]
+        self._settled_tails_s = []
+        if not 1 / CHANGED <= median_s / self._reference_s <= CHANGED:
+            log.info("compression: backward to sums takes %.0f ms instead of %.0f: looking again", median_s * 1e3, self._reference_s * 1e3)
+            self._begin()
+
+    def _probe_costs(self, comm: Comm) -> dict[str, Cost]:
+        """Encoding and decoding times and bytes of every entry for the buckets of this job, the slowest worker's; without the network."""
+        echo = _EchoComm(comm.size())
+        costs = {name: measure_cost(make(), list(self._buckets.values()), echo) for name, make in self._makers.items()}
+        slowest = agreed([cost.codec_s for cost in costs.values()], comm)
+        return {name: Cost(codec_s, cost.wire_bytes) for (name, cost), codec_s in zip(costs.items(), slowest, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"feedback": self._feedback.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._feedback.load_state_dict(state["feedback"])
+
+    def rank_state_dict(self) -> dict[str, Tensor]:
+        return self._feedback.rank_state_dict()
+
+    def load_rank_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._feedback.load_rank_state_dict(state)
+
+
+def agreed(figures: list[float], comm: Comm) -> list[float]:
+    """The largest of each figure over workers: a step is as slow as its slowest worker."""
+    return comm.allreduce_async(torch.tensor(figures, dtype=torch.float64), "policy.agreed", "max").wait().tolist()
+
+
+def probe_link(comm: Comm) -> Link:
+    """Latency and bandwidth of an allreduce between the workers as they are now."""
+    latency_s = min(_allreduce_s(comm, 1) for _ in range(5))
+    probe_s = min(_allreduce_s(comm, PROBE_BYTES // 4) for _ in range(3))
+    latency_s, probe_s = agreed([latency_s, probe_s], comm)
+    return Link(latency_s, ring_bytes(PROBE_BYTES, comm.size()) / max(probe_s - latency_s, 1e-6))
+
+
+def _allreduce_s(comm: Comm, numel: int) -> float:
+    tensor = torch.zeros(numel)
+    started_s = time.perf_counter()
+    comm.allreduce_async(tensor, f"policy.probe.{numel}").wait()
+    return time.perf_counter() - started_s
+
+
+def measure_cost(lossy: Lossy, buckets: list[Bucket], comm: Comm) -> Cost:
+    """The time and the bytes of an update of copies of these buckets, with a ``comm`` that takes no time: the quicker of two after the first."""
+    copies = [_Copy(bucket) for bucket in buckets]
+    residuals = [torch.empty_like(bucket.flat) for bucket in buckets]
+    times_s = []
+    for _ in range(3):
+        for bucket, copy in zip(buckets, copies, strict=True):
+            copy.flat.copy_(bucket.flat)
+        started_s = time.perf_counter()
+        pending = [lossy.start(copy, comm, residual) for copy, residual in zip(copies, residuals, strict=True)]
+        for each in pending:
+            each.proceed()
+        wire_bytes = sum(each.finish() for each in pending)
+        if copies and copies[0].flat.is_cuda:
+            torch.cuda.synchronize(copies[0].flat.device)
+        times_s.append(time.perf_counter() - started_s)
+        lossy.commit()
+    return Cost(0.0 if lossy.exact else min(times_s[1:]), wire_bytes)
+
+
+class _Copy:
+    """A bucket with memory of its own."""
+
+    def __init__(self, bucket: Bucket):
+        self.name, self.params = bucket.name, bucket.params
+        self.flat = bucket.flat.clone()
+        self.grads = [self.flat.as_strided(grad.shape, grad.stride(), grad.storage_offset()) for grad in bucket.grads]
+
+
+class _EchoComm:
+    """The first of ``size`` workers that all give the same, at once: what is left of a collective without its network."""
+
+    def __init__(self, size: int):
+        self._size = size
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return self._size
+
+    def allreduce_async(self, tensor: Tensor, name: str, op: str = "sum") -> _Echo:
+        return _Echo(tensor)
+
+    def allgather_async(self, tensor: Tensor, name: str) -> _Echo:
+        return _Echo(torch.cat([tensor] * self._size))
+
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _Echo:
+        return _Echo((torch.cat([tensor[: splits[0]]] * self._size), [splits[0]] * self._size))
+
+
+@dataclass(frozen=True)
+class _Echo:
+    result: Any
+
+    def wait(self) -> Any:
+        return self.result
