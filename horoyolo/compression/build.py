@@ -9,12 +9,14 @@ from horoyolo.compression.base import Compressor, Lossy
 from horoyolo.compression.dense import Dense
 from horoyolo.compression.feedback import ErrorFeedback
 from horoyolo.compression.policy import Auto
+from horoyolo.compression.powersgd import PowerSGD
 from horoyolo.compression.warmup import WarmUp
 from horoyolo.config import Comms, InputError
 
 # In falling order of faithfulness: of two that are as quick, `auto` takes the first.
 COMPRESSORS: dict[str, Callable[[Comms], Lossy]] = {
     "none": lambda comms: Dense(),
+    "powersgd": lambda comms: _late(PowerSGD(comms.powersgd_rank), comms),
 }
 AUTO = "auto"
 NAMES = (*COMPRESSORS, AUTO)
