@@ -10,6 +10,7 @@ from horoyolo.compression.dense import Dense
 from horoyolo.compression.feedback import ErrorFeedback
 from horoyolo.compression.policy import Auto
 from horoyolo.compression.powersgd import PowerSGD
+from horoyolo.compression.topk import TopK
 from horoyolo.compression.warmup import WarmUp
 from horoyolo.config import Comms, InputError
 
@@ -17,6 +18,7 @@ from horoyolo.config import Comms, InputError
 COMPRESSORS: dict[str, Callable[[Comms], Lossy]] = {
     "none": lambda comms: Dense(),
     "powersgd": lambda comms: _late(PowerSGD(comms.powersgd_rank), comms),
+    "topk": lambda comms: TopK(comms.topk_ratio, comms.warmup_updates),
 }
 AUTO = "auto"
 NAMES = (*COMPRESSORS, AUTO)

@@ -1,0 +1,183 @@
+"""The largest values of a gradient, in traffic that does not grow with the number of workers.
+
+Deep Gradient Compression (Lin et al. 2018) sends the largest values of each worker, found with a threshold that is estimated from a sample,
+and ramps their share down at the start. Its allgather grows with the number of workers; as in Ok-Topk (Li & Hoefler 2022) each part of a
+bucket has an owner here, who gets what the others select of it, sums, and sends the largest of the sums to all. A worker sends twice the
+share (N-1)/N of what it selects, as in a ring allreduce.
+
+Of its own part the owner needs no selection before the sum: those values travel nowhere, so all of them take part. What is selected nowhere
+stays with whoever holds it: of his own part the owner keeps the sums that were not sent.
+
+Who owns what must not decide what is sent: layers differ in scale by orders of magnitude, and with one stretch of the bucket for each owner
+most of the large values could lie in one of them, whose owner would have to send (and the others, to him) many times the share of others, or
+leave most of them behind. Ok-Topk moves the boundaries after the values. Here blocks are dealt out in turn, like cards: every part is then a
+fair sample of all layers, equal shares of equal parts are close to the largest of the whole, and there is nothing to agree on or to keep.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from horoyolo.compression.base import Bucket, Comm, Lossy, Pending, gather_bytes
+from horoyolo.compression.sparse import decode, encode, upper_half
+
+FIRST_RATIO = 0.25  # where the ramp starts, as in Deep Gradient Compression
+BLOCK = 256  # values in a row that have one owner: most layers and many a bias are longer than that
+MOST = 1.25  # times the share asked for that is sent at most: the threshold is an estimate
+SAMPLED_ABOVE = 200  # values of the sample above the threshold: its estimate is then right within 7 % (one standard deviation)
+SMALLEST_BITS = 1 << 16  # a smaller magnitude (9e-41) goes to zero on the wire
+CHUNK = 1 << 16  # values looked at together: they stay in a core's cache
+
+
+class TopK(Lossy):
+    """Sends about the ``ratio`` largest of all values.
+
+    The ratio falls exponentially from a quarter to ``ratio`` over the first ``warmup_updates`` updates: early gradients change fastest.
+    """
+
+    def __init__(self, ratio: float, warmup_updates: int):
+        super().__init__()
+        self._target_ratio = ratio
+        self._warmup_updates = warmup_updates
+
+    @property
+    def ratio(self) -> float:
+        """The share of values that the update under way sends."""
+        if self.update >= self._warmup_updates or self._target_ratio >= FIRST_RATIO:
+            return self._target_ratio
+        return FIRST_RATIO * (self._target_ratio / FIRST_RATIO) ** (self.update / self._warmup_updates)
+
+    def start(self, bucket: Bucket, comm: Comm, residual: Tensor) -> Pending:
+        parts = Parts(bucket.flat.numel(), comm.size())
+        select = Selection(parts, self.ratio, self.update)
+        residual.copy_(bucket.flat)
+        nothing = torch.empty(0, dtype=torch.int32, device=residual.device)
+        messages = [nothing if owner == comm.rank() else select.take(residual, owner) for owner in range(comm.size())]
+        scattered = comm.alltoall_async(torch.cat(messages), [len(message) for message in messages], f"{bucket.name}.scatter")
+        bucket.flat.zero_()
+        return _TopKPending(bucket, comm, residual, select, scattered, 4 * sum(map(len, messages)))
+
+
+class _TopKPending:
+    def __init__(self, bucket: Bucket, comm: Comm, residual: Tensor, select: Selection, scattered: Any, scattered_bytes: int):
+        self._bucket, self._comm, self._residual, self._select = bucket, comm, residual, select
+        self._scattered, self._scattered_bytes = scattered, scattered_bytes
+
+    def proceed(self) -> None:
+        """Sum what the others sent of this worker's part, and send the largest of the sums."""
+        rank = self._comm.rank()
+        received, _ = self._scattered.wait()
+        for positions, values, _ in decode(received):
+            self._residual[self._select.parts.index(rank, positions)] += values
+        self._gathered = self._comm.allgather_async(self._select.take(self._residual, rank), f"{self._bucket.name}.gather")
+
+    def finish(self) -> int:
+        part_bytes = []
+        for owner, (positions, values, num_words) in enumerate(decode(self._gathered.wait())):
+            self._bucket.flat[self._select.parts.index(owner, positions)] = values
+            part_bytes.append(4 * num_words)
+        return self._scattered_bytes + gather_bytes(part_bytes, self._comm.rank())
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Who owns which of ``numel`` values: blocks are dealt to ``size`` owners in turn; few values are shared out evenly."""
+
+    numel: int
+    size: int
+
+    @property
+    def block(self) -> int:
+        """Values in a block; the last one may be shorter."""
+        return max(1, min(BLOCK, -(-self.numel // self.size)))
+
+    @property
+    def rounds(self) -> int:
+        """How often every owner gets a whole block."""
+        return self.numel // (self.block * self.size)
+
+    def tail(self, owner: int) -> slice:
+        """Where the last, shorter block of an owner is; it may be empty."""
+        start = min((self.rounds * self.size + owner) * self.block, self.numel)
+        return slice(start, min(start + self.block, self.numel))
+
+    def length(self, owner: int) -> int:
+        """Values in an owner's part."""
+        tail = self.tail(owner)
+        return self.rounds * self.block + tail.stop - tail.start
+
+    def whole(self, flat: Tensor, owner: int) -> Tensor:
+        """The whole blocks (rounds, block) of an owner, a view of ``flat`` (numel,)."""
+        return flat[: self.rounds * self.size * self.block].view(self.rounds, self.size, self.block)[:, owner]
+
+    def index(self, owner: int, positions: Tensor) -> Tensor:
+        """Where in the bucket the values at ``positions`` (n,) of an owner's part are."""
+        return positions + (positions // self.block * (self.size - 1) + owner) * self.block
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The largest values of a part: about the share ``ratio``, at most ``MOST`` times it, whatever is not finite first.
+
+    Magnitudes are compared as the integers that their bits are: those have the same order, and NaN is above all.
+    """
+
+    parts: Parts
+    ratio: float
+    phase: int  # moves the sample
+
+    def take(self, flat: Tensor, owner: int) -> Tensor:
+        """The message with the largest values of an owner's part; ``flat`` (numel,) keeps all but what the message says."""
+        positions = self.largest(flat, owner)
+        index = self.parts.index(owner, positions)
+        values = flat[index]
+        flat[index] = values - upper_half(values)
+        return encode(positions, values)
+
+    def largest(self, flat: Tensor, owner: int) -> Tensor:
+        """Rising positions (k,) of the largest values in an owner's part."""
+        length = self.parts.length(owner)
+        wanted = math.ceil(self.ratio * length)
+        if wanted == 0:
+            return torch.empty(0, dtype=torch.int64, device=flat.device)
+        positions = self._not_below(flat, owner, self._threshold(flat, owner))
+        if len(positions) > math.ceil(MOST * wanted):
+            bits = _magnitude_bits(flat[self.parts.index(owner, positions)])
+            positions = positions[bits.topk(wanted, sorted=False).indices.sort().values]
+        return positions
+
+    def _threshold(self, flat: Tensor, owner: int) -> Tensor:
+        """The magnitude, as bits, that about the share ``ratio`` reaches, from every so many-th value; from all where they are few."""
+        length = self.parts.length(owner)
+        # Prime to 2 and 3, of which the shapes of convolutions are made: else only some channels or taps of a kernel would be seen.
+        stride = 6 * int(length * self.ratio / SAMPLED_ABOVE / 6) + 1
+        sampled = torch.arange(self.phase % stride, length, stride, device=flat.device)
+        bits = _magnitude_bits(flat[self.parts.index(owner, sampled)])
+        above = min(len(bits), math.ceil(self.ratio * len(bits)))
+        return bits.topk(above, sorted=False).values.min().clamp(min=SMALLEST_BITS)
+
+    def _not_below(self, flat: Tensor, owner: int, threshold: Tensor) -> Tensor:
+        whole, tail = self.parts.whole(flat, owner), self.parts.tail(owner)
+        num_whole = whole.numel()
+        mask = torch.zeros(-(-self.parts.length(owner) // 8) * 8, dtype=torch.bool, device=flat.device)
+        step = max(1, CHUNK // self.parts.block) if flat.device.type == "cpu" else max(1, len(whole))
+        for rows, mask_rows in zip(whole.split(step), mask[:num_whole].view_as(whole).split(step), strict=True):
+            torch.ge(_magnitude_bits(rows), threshold, out=mask_rows)
+        mask[num_whole : self.parts.length(owner)] = _magnitude_bits(flat[tail]) >= threshold
+        return _nonzero(mask)
+
+
+def _magnitude_bits(values: Tensor) -> Tensor:
+    return values.view(torch.int32) & 0x7FFFFFFF
+
+
+def _nonzero(mask: Tensor) -> Tensor:
+    """Rising positions of what is true in ``mask`` (a multiple of 8,), mostly false: eight at a time first, which is several times faster."""
+    eights = mask.view(torch.int64).nonzero().squeeze(1)
+    which, place = mask.view(-1, 8)[eights].nonzero(as_tuple=True)
+    return eights[which] * 8 + place
