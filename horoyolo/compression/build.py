@@ -10,6 +10,8 @@ from horoyolo.compression.dense import Dense
 from horoyolo.compression.feedback import ErrorFeedback
 from horoyolo.compression.policy import Auto
 from horoyolo.compression.powersgd import PowerSGD
+from horoyolo.compression.quantize import BFloat16, Float16, Int8, OneBit
+from horoyolo.compression.scatter import Scatter
 from horoyolo.compression.topk import TopK
 from horoyolo.compression.warmup import WarmUp
 from horoyolo.config import Comms, InputError
@@ -17,6 +19,10 @@ from horoyolo.config import Comms, InputError
 # In falling order of faithfulness: of two that are as quick, `auto` takes the first.
 COMPRESSORS: dict[str, Callable[[Comms], Lossy]] = {
     "none": lambda comms: Dense(),
+    "fp16": lambda comms: Scatter(Float16()),
+    "bf16": lambda comms: Scatter(BFloat16()),
+    "int8": lambda comms: Scatter(Int8(comms.int8_block)),
+    "onebit": lambda comms: _late(Scatter(OneBit(comms.onebit_block)), comms),
     "powersgd": lambda comms: _late(PowerSGD(comms.powersgd_rank), comms),
     "topk": lambda comms: TopK(comms.topk_ratio, comms.warmup_updates),
 }
