@@ -44,18 +44,18 @@ class PowerSGD(Lossy):
         """Send the factors of all matrices together with what goes as it is."""
         sent, known = _sides(self.update)
         matrices, dense = _split(bucket, self._rank)
-        shapes = [(span.stop - span.start,) for span in dense] + [(self._rank, matrix.length(sent)) for matrix in matrices]
+        shapes: list[tuple[int, ...]] = [(span.stop - span.start,) for span in dense] + [(self._rank, matrix.length(sent)) for matrix in matrices]
         payload = bucket.flat.new_empty(sum(math.prod(shape) for shape in shapes))
         parts = _parts(payload, shapes)
         for span, part in zip(dense, parts, strict=False):
             part.copy_(bucket.flat[span])
         bases = self._bases(matrices, known, bucket.flat.device)
         for matrix, basis, factor in zip(matrices, bases, parts[len(dense) :], strict=True):
-            torch.mm((basis / HEADROOM).float(), matrix.towards(sent, bucket.flat), out=factor)  # scaled first: no partial sum overflows
+            torch.mm(basis, matrix.towards(sent, bucket.flat), out=factor)
         own = payload.clone()
         # Each side has its name: Horovod would agree anew on every change of a shape.
         handle = comm.allreduce_async(payload, f"{bucket.name}.{sent}")
-        expanders = [(basis * HEADROOM).float().t() for basis in bases]
+        expanders = torch._foreach_mul(bases, HEADROOM**2) if bases else ()
         return _LowRankPending(bucket.flat, residual, sent, dense, matrices, shapes, expanders, own, handle, self._staged, comm.size())
 
     def commit(self) -> None:
@@ -76,21 +76,26 @@ class PowerSGD(Lossy):
         self._staged.clear()
 
     def _bases(self, matrices: Sequence[_Matrix], side: Side, device: torch.device) -> list[Tensor]:
-        """For each matrix orthonormal rows (rank, length of the side), float64, in memory order, that span its last factor."""
+        """For each matrix rows (rank, length of the side) in memory order: orthonormal but for division by HEADROOM, they span its last factor.
+
+        They are divided before anything is projected on them, so that no partial sum overflows.
+        """
         by_length: dict[int, list[_Matrix]] = defaultdict(list)
         for matrix in matrices:
             by_length[matrix.length(side)].append(matrix)
         bases = {}
         for length, group in by_length.items():
             if length not in self._noise:
-                self._noise[length] = torch.randn(self._rank, length, dtype=torch.float64, generator=torch.Generator().manual_seed(length)).to(device)
-            factors = torch.zeros(len(group), self._rank, length, device=device)
+                draws = torch.Generator().manual_seed(length)
+                self._noise[length] = torch.randn(self._rank, length, dtype=torch.float64, generator=draws).mul_(NOISE).to(device)
+            factors = torch.zeros(len(group), self._rank, length, dtype=torch.float64, device=device)
             for matrix, factor in zip(group, factors, strict=True):
                 last = self._factors.get(matrix.name)
                 # Of another rank, or of the other side after updates without exchange (one worker), it is of no use.
                 if last is not None and last.shape == (self._rank, *matrix.dims(side)):
                     factor.view(last.shape).copy_(last)
-            for matrix, basis in zip(group, orthonormal_rows(factors, self._noise[length]), strict=True):
+            rows = orthonormal_rows(factors, self._noise[length]).div_(HEADROOM).float()
+            for matrix, basis in zip(group, rows, strict=True):
                 bases[matrix.name] = matrix.to_memory(side, basis)
         return [bases[matrix.name] for matrix in matrices]
 
@@ -103,7 +108,7 @@ class _LowRankPending:
     dense: list[slice]
     matrices: list[_Matrix]
     shapes: list[tuple[int, ...]]  # of the payload's parts: what is dense, then factors
-    expanders: list[Tensor]  # (length of the other side, rank): times a factor of the payload they give the matrix
+    expanders: Sequence[Tensor]  # (rank, length of the other side): transposed times a factor of the payload they give the matrix
     own: Tensor  # this worker's payload
     handle: Any
     staged: dict[str, Tensor]
@@ -116,14 +121,14 @@ class _LowRankPending:
         factors = _parts(self.own, self.shapes)[len(self.dense) :]
         for matrix, expander, factor in zip(self.matrices, self.expanders, factors, strict=True):
             gradient, left = matrix.towards(self.sent, self.flat), matrix.towards(self.sent, self.residual)
-            torch.addmm(gradient, expander, factor, alpha=-1, out=left)
+            torch.addmm(gradient, expander.t(), factor, alpha=-1, out=left)
 
     def finish(self) -> int:
         parts = _parts(self.handle.wait(), self.shapes)
         for span, part in zip(self.dense, parts, strict=False):
             self.flat[span] = part
         for matrix, expander, factor in zip(self.matrices, self.expanders, parts[len(self.dense) :], strict=True):
-            torch.mm(expander, factor, out=matrix.towards(self.sent, self.flat))
+            torch.mm(expander.t(), factor, out=matrix.towards(self.sent, self.flat))
             self.staged[matrix.name] = matrix.to_logical(self.sent, factor)
         return ring_bytes(self.own.numel() * self.own.element_size(), self.size)
 
@@ -163,14 +168,13 @@ class _Matrix:
 
 
 def orthonormal_rows(factors: Tensor, noise: Tensor) -> Tensor:
-    """(batch, rank, length) to float64 rows of the same span, orthonormal for each matrix of the batch.
+    """(batch, rank, length) float64 to rows with the same span that are orthonormal in each matrix of the batch.
 
-    Directions that a factor lacks, since it is zero or its rows depend on each other, come from ``noise`` (rank, length): a direction lost once
-    would never come back otherwise.
+    Directions that a factor lacks, since it is zero or its rows depend on each other, come from ``noise`` (rank, length), which is far smaller
+    than 1: a direction lost once would never come back otherwise.
     """
-    largest = factors.abs().amax((1, 2), keepdim=True).double()
-    scaled = factors.double() / torch.where(largest == 0, 1.0, largest)
-    return torch.linalg.qr((scaled + NOISE * noise).mT).Q.mT
+    largest = factors.abs().amax((1, 2), keepdim=True).clamp_(min=1e-300)
+    return torch.linalg.qr((factors / largest + noise).mT).Q.mT
 
 
 def _sides(update: int) -> tuple[Side, Side]:
@@ -184,10 +188,11 @@ def _split(bucket: Bucket, rank: int) -> tuple[list[_Matrix], list[slice]]:
     dense: list[slice] = []
     start = 0
     for (name, _), grad in zip(bucket.params, bucket.grads, strict=True):
+        inputs = grad.shape[1:].numel()
         span = slice(start, start + grad.numel())
         start = span.stop
         # The outputs must be outermost in memory, as they are in all of PyTorch's memory formats, for the rest to be one dimension.
-        if grad.ndim > 1 and min(len(grad), grad[0].numel()) >= MIN_SAVING * rank and grad.stride(0) == grad[0].numel():
+        if grad.ndim > 1 and min(len(grad), inputs) >= MIN_SAVING * rank and grad.stride(0) == inputs:
             matrices.append(_Matrix(name, span, grad.shape, tuple(sorted(range(1, grad.ndim), key=grad.stride, reverse=True))))
         elif dense and dense[-1].stop == span.start:
             dense[-1] = slice(dense[-1].start, span.stop)
