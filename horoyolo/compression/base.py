@@ -69,8 +69,8 @@ class Compressor(ABC):
         """The update is left out: state is again what it was before."""
 
     @abstractmethod
-    def overlap(self) -> bool | None:
-        """Whether buckets should leave while backward runs in the next update; None: no wish."""
+    def overlap(self) -> bool:
+        """Whether buckets should leave while backward runs in the next update."""
 
     @abstractmethod
     def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from horoyolo.compression.base import Compressor, Lossy
 from horoyolo.compression.dense import Dense
@@ -30,21 +31,21 @@ AUTO = "auto"
 NAMES = (*COMPRESSORS, AUTO)
 
 
-def build_compressor(comms: Comms, overlaps: tuple[bool, ...] = ()) -> Compressor:
-    """The compressor that ``comms.compression`` names. Where there is a choice, of entries (`auto`) or of ``overlaps``, it measures and chooses.
+def build_compressor(comms: Comms, overlaps: tuple[bool, ...] = (True,)) -> Compressor:
+    """The compressor that ``comms.compression`` names; buckets leave while backward runs (True) or after it (False).
 
-    ``overlaps`` are the times at which buckets may leave: while backward runs (True), after it (False); empty: the exchange knows.
-    Raises InputError naming the known ones.
+    Where there is a choice, of entries (`auto`) or of ``overlaps``, it measures and chooses. Raises InputError naming the known ones.
     """
     name = comms.compression
     if name != AUTO and name not in COMPRESSORS:
         raise InputError(f"unknown compression {name!r} (--compression): known are {', '.join(NAMES)}")
-    if name != AUTO and len(overlaps) < 2:
-        return ErrorFeedback(COMPRESSORS[name](comms))
-    if name != AUTO:
-        return Auto({name: lambda: COMPRESSORS[name](comms)}, overlaps)
-    steady = replace(comms, warmup_updates=0)
-    return Auto({entry: lambda entry=entry: COMPRESSORS[entry](steady) for entry in COMPRESSORS}, overlaps, comms.warmup_updates)  # type: ignore[misc]
+    if name == AUTO:
+        steady = replace(comms, warmup_updates=0)
+        makers = {entry: partial(make, steady) for entry, make in COMPRESSORS.items()}
+        return Auto(makers, overlaps, plain_updates=comms.warmup_updates)
+    if len(overlaps) > 1:
+        return Auto({name: partial(COMPRESSORS[name], comms)}, overlaps)
+    return ErrorFeedback(COMPRESSORS[name](comms), overlaps[0])
 
 
 def _late(lossy: Lossy, comms: Comms) -> Lossy:

@@ -18,8 +18,9 @@ from horoyolo.compression.base import Bucket, Comm, Compressor, Lossy, Pending
 class ErrorFeedback(Compressor):
     """Makes a compressor of a way to sum: adds the residual to a bucket before it leaves, and keeps the new one. Exact sums cost it nothing."""
 
-    def __init__(self, lossy: Lossy):
+    def __init__(self, lossy: Lossy, overlap: bool = True):
         self.lossy = lossy
+        self._overlap = overlap
         self._buckets: dict[str, Bucket] = {}  # those that were seen, by name
         self._kept: dict[str, Tensor] = {}  # residuals after the last update that was used, by bucket; zero where there is none
         self._next: dict[str, Tensor] = {}  # residuals of the update under way, likewise
@@ -33,10 +34,10 @@ class ErrorFeedback(Compressor):
             self._take_loaded(bucket)
         if bucket.name in self._kept:
             bucket.flat.add_(self._kept[bucket.name])
-        if comm.size() == 1:  # nobody to send to: nothing is left out
-            return _Alone()
         if self.lossy.exact:
             return self.lossy.start(bucket, comm, bucket.flat.new_empty(0))
+        if comm.size() == 1:  # nobody to send to: nothing is left out
+            return _Alone()
         residual = self._spare.pop(bucket.name, None)
         self._next[bucket.name] = torch.empty_like(bucket.flat) if residual is None else residual
         return self.lossy.start(bucket, comm, self._next[bucket.name])
@@ -51,8 +52,8 @@ class ErrorFeedback(Compressor):
         self._next = {}
         self.lossy.discard()
 
-    def overlap(self) -> bool | None:
-        return None
+    def overlap(self) -> bool:
+        return self._overlap
 
     def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
         pass

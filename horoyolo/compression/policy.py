@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ WORTH_TRYING = 1.5  # predicted tail against the shortest predicted one
 AS_QUICK = 1.02  # of choices within this of the quickest the most faithful is taken
 ROUNDS = 5  # trials of each choice
 LOOK_EVERY = 50  # updates between two looks at a settled choice
-CHANGED = 1.3  # a tail that grew or shrank by this is another job: look again
+CHANGED = 1.5  # a tail that grew or shrank by this is another job: look again
 PROBE_BYTES = 1 << 20
 
 
@@ -43,7 +43,7 @@ class Choice(NamedTuple):
 class Switch(Lossy):
     """Several ways to sum, one at a time; what one leaves out the next one sends, since residuals do not belong to a way."""
 
-    def __init__(self, makers: dict[str, Callable[[], Lossy]]):
+    def __init__(self, makers: Mapping[str, Callable[[], Lossy]]):
         super().__init__()
         self.members = {name: make() for name, make in makers.items()}
         self.current = next(iter(self.members))
@@ -92,7 +92,7 @@ class Trials:
         tried = {len(times) for times in self.times_s.values()}
         if len(tried) == 1 and tried.pop() >= 2:
             leader_s = min(statistics.median(times) for times in self.times_s.values())
-            self.times_s = {choice: times for choice, times in self.times_s.items() if min(times) <= leader_s}
+            self.times_s = {choice: times for choice, times in self.times_s.items() if min(times) <= AS_QUICK * leader_s}
 
     def best(self) -> Choice:
         """The quickest by its median; of those about as quick the first."""
@@ -130,12 +130,11 @@ class Auto(Compressor):
     The first ``plain_updates`` are sent by the first entry: it is the plain one where there are several.
     """
 
-    def __init__(self, makers: dict[str, Callable[[], Lossy]], overlaps: Sequence[bool], plain_updates: int = 0):
+    def __init__(self, makers: Mapping[str, Callable[[], Lossy]], overlaps: Sequence[bool], plain_updates: int = 0):
         self._makers = makers
         self._switch = Switch(makers)
         self._feedback = ErrorFeedback(self._switch)
-        self._all = [Choice(entry, overlap) for entry in makers for overlap in overlaps or (False,)]
-        self._steers_overlap = len(overlaps) > 0
+        self._all = [Choice(entry, overlap) for entry in makers for overlap in overlaps]
         self._plain = [choice for choice in self._all if choice.entry == self._switch.current]
         self._plain_updates = max(plain_updates, len(self._plain)) if len(makers) > 1 else 0
         self._buckets: dict[str, Bucket] = {}
@@ -162,8 +161,8 @@ class Auto(Compressor):
     def discard(self) -> None:
         self._feedback.discard()
 
-    def overlap(self) -> bool | None:
-        return self._choice.overlap if self._steers_overlap else None
+    def overlap(self) -> bool:
+        return self._choice.overlap
 
     def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
         if comm.size() == 1 or len(self._all) == 1:

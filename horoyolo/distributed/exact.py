@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from horoyolo.distributed.buckets import Bucket
-from horoyolo.distributed.comm import Comm, Handle
 from horoyolo.distributed.syncbn import SyncBatchNorm
 
 
@@ -85,47 +82,6 @@ def convert_exact(model: nn.Module) -> WideGrads:
     if others:
         raise ValueError(f"no exact gradients for {', '.join(others)}: only convolutions and synchronised BatchNorm have them")
     return wide_grads
-
-
-@dataclass(frozen=True)
-class ExactSum:
-    """Sums buckets over workers in float64: twice the bytes, and the same bits at any number of workers. A compressor, by its contract."""
-
-    wide_grads: WideGrads
-
-    def start(self, bucket: Bucket, comm: Comm) -> _ExactPending:
-        """Send the float64 sums of the bucket's gradients; what is in the bucket is ignored."""
-        sums = [self.wide_grads.of(param) for _, param in bucket.params]
-        flat = torch.cat([wide.as_strided((wide.numel(),), (1,)) for wide in sums])
-        torch._foreach_zero_(sums)
-        wire_bytes = 2 * (comm.size() - 1) * flat.numel() * flat.element_size() // comm.size()
-        return _ExactPending(bucket, comm.allreduce_async(flat, bucket.name), wire_bytes)
-
-    def commit(self) -> None:
-        pass
-
-    def discard(self) -> None:
-        pass
-
-    def overlap(self) -> bool | None:
-        return False
-
-    def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class _ExactPending:
-    bucket: Bucket
-    handle: Handle
-    wire_bytes: int
-
-    def proceed(self) -> None:
-        pass
-
-    def finish(self) -> int:
-        self.bucket.flat.copy_(self.handle.wait())
-        return self.wire_bytes
 
 
 class _Convolve(torch.autograd.Function):

@@ -37,8 +37,8 @@ class Compressor(Protocol):
     def discard(self) -> None:
         """The update is left out: state is again what it was before."""
 
-    def overlap(self) -> bool | None:
-        """Whether buckets should leave while backward runs in the next update; None: no wish."""
+    def overlap(self) -> bool:
+        """Whether buckets should leave while backward runs in the next update."""
 
     def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
         """What the update just committed cost, from the start of its last backward, and in ``finish``; collectives are allowed here."""
@@ -66,8 +66,7 @@ class Exchange:
     A bucket whose gradients are all there leaves at once when armed. What did not fill (unused parameters, a worker without images, which
     arms and finishes without a backward) leaves in ``finish`` with what it holds, zeros for gradients that never came.
 
-    With ``overlap=False`` all buckets leave in ``finish``: better where the forward and backward passes have collectives of their own. A
-    compressor that measures may wish otherwise.
+    Where the compressor wants no overlap all buckets leave in ``finish``: better where forward and backward have collectives of their own.
     """
 
     def __init__(
@@ -76,18 +75,16 @@ class Exchange:
         compressor: Compressor,
         comm: Comm,
         bucket_mb: float,
-        overlap: bool = True,
     ):
         self._parameters = list(named_parameters)
         self.buckets = build_buckets(self._parameters, bucket_mb)
         self._trained = {name for bucket in self.buckets for name, _ in bucket.params}
         self._compressor = compressor
         self._comm = comm
-        self._overlap = overlap
         self._armed = False
         self._armed_s = 0.0
         self._loss_scale = 1.0
-        self._leave_early = overlap
+        self._leave_early = False
         self._missing: list[set[str]] = []  # names of the gradients that backward still owes, for each bucket
         self._pending: dict[int, Pending] = {}
         self._hooks = [
@@ -116,8 +113,7 @@ class Exchange:
         self._armed = True
         self._armed_s = time.perf_counter()
         self._loss_scale = loss_scale
-        wish = self._compressor.overlap()
-        self._leave_early = self._overlap if wish is None else wish
+        self._leave_early = self._compressor.overlap()
         self._missing = [{name for name, _ in bucket.params} for bucket in self.buckets]
 
     def finish(self) -> ExchangeStats:

@@ -11,19 +11,23 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from horoyolo.compression.base import Compressor
 from horoyolo.compression.build import build_compressor
+from horoyolo.compression.dense import ExactSum
+from horoyolo.compression.feedback import ErrorFeedback
 from horoyolo.config import Comms, Config, Optim
 from horoyolo.data.dataset import EvalDataset, TrainDataset
 from horoyolo.data.loader import build_eval_loader, build_train_loader, choose_num_workers
 from horoyolo.data.sampler import Sampler
 from horoyolo.data.scan import Split
 from horoyolo.distributed.comm import Comm, broadcast_tensors
-from horoyolo.distributed.exact import ExactSum, convert_exact
-from horoyolo.distributed.exchange import Compressor, Exchange
+from horoyolo.distributed.exact import convert_exact
+from horoyolo.distributed.exchange import Exchange
 from horoyolo.distributed.syncbn import convert_sync_bn
-from horoyolo.engine.checkpoint import save_checkpoint
+from horoyolo.engine.checkpoint import read_rank_state, save_checkpoint, save_rank_state
 from horoyolo.engine.device import Numerics
 from horoyolo.engine.evaluate import evaluate
+from horoyolo.engine.loss_scale import LossScale
 from horoyolo.engine.runs import Run
 from horoyolo.engine.schedule import Schedule
 from horoyolo.engine.state import Progress, TrainState
@@ -48,7 +52,8 @@ class Training:
     loss: DetectionLoss
     ema: EMA[YOLO]
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    loss_scale: LossScale
+    compressor: Compressor
     exchange: Exchange
     schedule: Schedule
     sampler: Sampler
@@ -87,14 +92,47 @@ class Training:
                 json.dump(known | dict.fromkeys(names, metrics), stream, indent=1)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Writes a checkpoint on rank 0. A full disk stops no training: the file before stays good."""
-        if self.comm.rank() != 0:
-            return
-        notes = {"epoch": self.sampler.epoch, "workers": self.comm.size()}
+        """Writes a checkpoint on rank 0, and on every worker what only it knows. A full disk stops no training: the files before stay good."""
+        folder, step, keep, rank, size = self.run.checkpoints, self.progress.step, self.config.keep_checkpoints, self.comm.rank(), self.comm.size()
         try:
-            save_checkpoint(self.run.checkpoints, state, self.progress.step, self.config.keep_checkpoints, notes)
+            if size > 1:
+                save_rank_state(folder, self.rank_state(), step, rank, size, keep)
+            if rank == 0:
+                save_checkpoint(folder, state, step, keep, {"epoch": self.sampler.epoch, "workers": size})
         except OSError as error:
             log.error("checkpoint of step %d not written: %s; training goes on", self.progress.step, error)
+
+    def rank_state(self) -> dict[str, Any]:
+        """What is this worker's own: what its compressor has not sent yet, and the statistics of its BatchNorm layers."""
+        return {
+            "residuals": self.compressor.rank_state_dict(),
+            "buffers": dict(self.model.named_buffers()),
+            "ema_buffers": dict(self.ema.model.named_buffers()),
+        }
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Takes back what ``rank_state`` gave."""
+        self.compressor.load_rank_state_dict(state["residuals"])
+        for model, saved in ((self.model, state["buffers"]), (self.ema.model, state["ema_buffers"])):
+            for name, buffer in model.named_buffers():
+                buffer.copy_(saved[name])
+
+
+@dataclass
+class CompressorState:
+    """A compressor's part of a checkpoint: of no use to a run that was resumed with another one."""
+
+    settings: str
+    compressor: Compressor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"settings": self.settings, "state": self.compressor.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["settings"] == self.settings:
+            self.compressor.load_state_dict(state["state"])
+        else:
+            log.info("compression was %s and is %s: it starts anew", state["settings"], self.settings)
 
 
 def build_model_for(config: Config, num_classes: int, names: dict[int, str]) -> YOLO:
@@ -121,10 +159,12 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
     sampler = Sampler(len(train_split), config.batch, config.seed)
     schedule = Schedule(config.hyp, config.optim, config.epochs, config.batch, sampler.global_batches_left())
     optimizer = build_optimizer(model, config.optim, config.hyp.lr0, config.hyp.momentum, schedule.weight_decay)
-    scaler = torch.amp.GradScaler(numerics.device.type, enabled=numerics.dtype == torch.float16)
+    loss_scale = LossScale(enabled=numerics.dtype == torch.float16)
     ema = EMA(model, config.optim.ema_decay, config.optim.ema_tau)
     progress = Progress()
-    state = TrainState(model=model, ema=ema, optimizer=optimizer, scaler=scaler, sampler=sampler, progress=progress)
+    compressor = pick_compressor(model, config.comms, numerics)
+    state = TrainState(model=model, ema=ema, optimizer=optimizer, loss_scale=loss_scale, sampler=sampler, progress=progress)
+    state.add("compressor", CompressorState(describe_compression(config.comms), compressor))
 
     # Rank 0 alone reads the checkpoint: the others need not see its disk.
     resumed = comm.broadcast_object(run.resumed)
@@ -136,7 +176,7 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
     num_workers = choose_num_workers(config.workers, comm.local_size())
     pin_memory = numerics.device.type == "cuda"
     train_data = TrainDataset(train_split, config.img, config.hyp, config.seed)
-    return Training(
+    job = Training(
         config=config,
         comm=comm,
         numerics=numerics,
@@ -145,8 +185,9 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
         loss=build_loss(config, model),
         ema=ema,
         optimizer=optimizer,
-        scaler=scaler,
-        exchange=build_exchange(model, config.comms, numerics, comm),
+        loss_scale=loss_scale,
+        compressor=compressor,
+        exchange=Exchange(model.named_parameters(), compressor, comm, config.comms.bucket_mb),
         schedule=schedule,
         sampler=sampler,
         loader=build_train_loader(train_data, sampler, comm, num_workers, pin_memory),
@@ -155,32 +196,46 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
         progress=progress,
         state=state,
     )
+    if resumed is not None and comm.size() > 1:
+        own = read_rank_state(run.checkpoints, progress.step, comm.rank(), comm.size())
+        if own is None:
+            log.info("nothing of this worker's own was saved at step %d by %d workers: residuals start at zero", progress.step, comm.size())
+        else:
+            job.load_rank_state(own)
+    return job
 
 
-def build_exchange(model: YOLO, comms: Comms, numerics: Numerics, comm: Comm) -> Exchange:
+def pick_compressor(model: YOLO, comms: Comms, numerics: Numerics) -> Compressor:
     """What sums gradients over workers.
 
     With synchronised BatchNorm on CPUs in full precision nothing but the order of sums tells one number of workers from another: there sums are
     made exact, and losses and weights have the same bits at any number.
     """
-    compressor: Compressor = build_compressor(comms)
     if comms.sync_bn and numerics.device.type == "cpu" and numerics.dtype == torch.float32 and comms.compression == "none":
         try:
-            compressor = ExactSum(convert_exact(model))
+            return ErrorFeedback(ExactSum(convert_exact(model)), overlap=False)
         except ValueError as error:
             log.info("losses will differ a little between numbers of workers: %s", error)
-    return Exchange(model.named_parameters(), compressor, comm, comms.bucket_mb, overlaps(comms, numerics))
+    return build_compressor(comms, overlaps(comms, numerics))
 
 
-def overlaps(comms: Comms, numerics: Numerics) -> bool:
-    """Whether buckets leave while backward runs.
+def overlaps(comms: Comms, numerics: Numerics) -> tuple[bool, ...]:
+    """When buckets may leave: while backward runs (True), after it (False); where both are given, measurement decides.
 
-    Not beside a synchronised BatchNorm, whose small exchanges would queue behind them; and not on a CPU whose cores are all at work: there the
-    network's share of them comes out of backward, and its threads disturb those that compute (README, Speed).
+    Not during backward beside a synchronised BatchNorm, whose small exchanges would queue behind them. On a CPU whose cores are all at work the
+    network's share of them comes out of backward, and its threads disturb those that compute; but a slow link leaves them idle (README, Speed).
     """
     if comms.overlap != "auto":
-        return comms.overlap == "yes"
-    return numerics.device.type == "cuda" and not comms.sync_bn
+        return (comms.overlap == "yes",)
+    if comms.sync_bn:
+        return (False,)
+    return (True,) if numerics.device.type == "cuda" else (False, True)
+
+
+def describe_compression(comms: Comms) -> str:
+    """The compression with its parameters, as one string: equal strings go on from each other's state."""
+    names = ("compression", "warmup_updates", "int8_block", "onebit_block", "topk_ratio", "powersgd_rank")
+    return ", ".join(f"{name}={getattr(comms, name)}" for name in names)
 
 
 def build_loss(config: Config, model: YOLO) -> DetectionLoss:

@@ -1,7 +1,8 @@
 """Checkpoints that cannot be torn, and the newest good one of a run.
 
 A checkpoint is a file of plain types and tensors in ``checkpoints/``, written beside its final name and renamed. ``manifest.json`` holds its size
-and SHA-256, so that a file that was cut or changed later is found before it is used: torch itself loads tensors with flipped bits.
+and SHA-256, so that a file that was cut or changed later is found before it is used: torch itself loads tensors with flipped bits. It is free of the
+number of workers; beside it each worker writes what only it knows, which serves at the same number of workers alone.
 """
 
 from __future__ import annotations
@@ -79,6 +80,39 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     if problems:
         raise problems[0]
     return None
+
+
+def save_rank_state(folder: Path, state: dict[str, Any], step: int, rank: int, size: int, keep: int) -> None:
+    """Writes what only worker ``rank`` of ``size`` knows beside the checkpoint of ``step``, on its own disk; deletes all but its ``keep`` newest."""
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    with atomic_file(folder / _rank_file(step, rank, size)) as stream:
+        stream.write(hashlib.sha256(content).digest() + content)
+    for outdated in sorted(folder.glob(f"step-*.rank-{rank}-of-*.pt"))[:-keep]:
+        outdated.unlink(missing_ok=True)
+
+
+def read_rank_state(folder: Path, step: int, rank: int, size: int) -> dict[str, Any] | None:
+    """What ``save_rank_state`` wrote; None where there is nothing good: another number of workers, another host, a spoilt file."""
+    import torch
+
+    path = folder / _rank_file(step, rank, size)
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        log.error("%s: torn or changed since it was written (SHA-256 differs); this worker goes on without it", path)
+        return None
+    return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+
+
+def _rank_file(step: int, rank: int, size: int) -> str:
+    return f"step-{step:08d}.rank-{rank}-of-{size}.pt"
 
 
 def find_checkpoint(target: Path) -> tuple[Path, Path]:

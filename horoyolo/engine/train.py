@@ -90,17 +90,17 @@ def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> 
 
     started_s = time.perf_counter()
     if update_due:
-        job.exchange.arm()
+        job.exchange.arm(job.loss_scale.value)
     if takes_part:
         # As in YOLOv5 the loss is summed over images: the step grows with the batch.
-        job.scaler.scale(losses.sum() * global_batch).backward()
+        (losses.sum() * global_batch * job.loss_scale.value).backward()
     backward_s = time.perf_counter() - started_s
 
     exchange_wait_s, wire_bytes = 0.0, 0
     if update_due:
         stats = job.exchange.finish()
         exchange_wait_s, wire_bytes = stats.wait_s, stats.wire_bytes
-        apply_update(job)
+        apply_update(job, stats.norm)
     box_loss, obj_loss, cls_loss = summed_losses.wait().tolist()
 
     sampler.advance(global_batch)
@@ -147,19 +147,17 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, bias_lr: float, momen
             group["betas"] = (momentum, group["betas"][1])
 
 
-def apply_update(job: Training) -> None:
-    """Clips the summed gradient, steps, and follows with the EMA. No worker waits for another here.
+def apply_update(job: Training, norm: float) -> None:
+    """Clips the summed gradient, whose 2-norm is ``norm``, steps, and follows with the EMA. No worker waits for another here.
 
     A gradient that is not finite is left out. All workers do the same since all hold the same bits.
     """
-    job.scaler.unscale_(job.optimizer)
-    flats = [bucket.flat for bucket in job.exchange.buckets]
-    norm = global_norm(flats)
-    if math.isfinite(norm):
+    finite = math.isfinite(norm)
+    if finite:
         largest = job.config.optim.clip_norm
         if 0 < largest < norm:
-            torch._foreach_mul_(flats, largest / norm)
-        job.scaler.step(job.optimizer)
+            torch._foreach_mul_([bucket.flat for bucket in job.exchange.buckets], largest / norm)
+        job.optimizer.step()
         job.ema.update(job.model)
         job.progress.update += 1
         job.progress.skipped_updates = 0
@@ -168,13 +166,8 @@ def apply_update(job: Training) -> None:
         log.warning("step %d: gradient is not finite, update left out", job.progress.step + 1)
         if job.progress.skipped_updates > MOST_SKIPPED_UPDATES:
             raise TrainingError(f"{job.progress.skipped_updates} updates in a row had gradients that are not finite; try a lower hyp.lr0")
-    job.scaler.update()
+    job.loss_scale.update(finite)
     job.exchange.zero_grad()
-
-
-def global_norm(flats: list[Tensor]) -> float:
-    """The 2-norm of all gradients together, in one pass over the buckets."""
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat) for flat in flats])))
 
 
 def finish_epoch(job: Training, epoch: int, started_s: float) -> EpochRecord:

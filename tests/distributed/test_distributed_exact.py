@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from horoyolo.compression.dense import ExactSum
+from horoyolo.compression.feedback import ErrorFeedback
 from horoyolo.distributed.buckets import build_buckets
 from horoyolo.distributed.comm import LocalComm
-from horoyolo.distributed.exact import ExactSum, convert_exact
+from horoyolo.distributed.exact import convert_exact
 from horoyolo.distributed.exchange import Exchange
 from horoyolo.distributed.syncbn import convert_sync_bn
 
@@ -56,7 +58,7 @@ def test_gradients_are_those_of_plain_convolutions(num_threads: int) -> None:
     assert_close(output, plain(batch), rtol=1e-5, atol=1e-5)
     assert output.is_contiguous(memory_format=torch.channels_last)
     plain(batch).square().sum().backward()
-    exchange = Exchange(exact.named_parameters(), ExactSum(wide_grads), LocalComm(), 25.0)
+    exchange = Exchange(exact.named_parameters(), ErrorFeedback(ExactSum(wide_grads)), LocalComm(), 25.0)
     for param, grad in zip(plain.parameters(), gradients(exact, exchange, [batch]), strict=True):
         assert_close(grad, param.grad, rtol=1e-4, atol=1e-4 * float(param.grad.abs().max()))
 
@@ -68,7 +70,8 @@ def test_shares_and_threads_change_no_bit(shares: list[int]) -> None:
         torch.set_num_threads(threads)
         model = build_model()
         wide_grads = convert_exact(model)
-        found.append(gradients(model, Exchange(model.named_parameters(), ExactSum(wide_grads), LocalComm(), 25.0), list(images(16).split(parts))))
+        exchange = Exchange(model.named_parameters(), ErrorFeedback(ExactSum(wide_grads)), LocalComm(), 25.0)
+        found.append(gradients(model, exchange, list(images(16).split(parts))))
     torch.set_num_threads(1)
     for grads in found[1:]:
         assert all(torch.equal(grad, expected) for grad, expected in zip(grads, found[0], strict=True))
@@ -95,7 +98,7 @@ def test_evaluation_and_frozen_layers_are_left_alone() -> None:
     model.train()(images(3)).sum().backward()
     assert not wide_grads.of(model[0].weight).any()
     assert wide_grads.of(model[2].weight).any()
-    ExactSum(wide_grads).start(build_buckets(model.named_parameters(), 25.0)[0], LocalComm()).finish()
+    ErrorFeedback(ExactSum(wide_grads)).start(build_buckets(model.named_parameters(), 25.0)[0], LocalComm()).finish()
     assert not wide_grads.of(model[2].weight).any()  # used
 
 

@@ -25,8 +25,8 @@ def build_model() -> nn.Module:
 class RecordingCompressor(ErrorFeedback):
     """Plain sums, and a list of the buckets in the order they left."""
 
-    def __init__(self):
-        super().__init__(Dense())
+    def __init__(self, overlap: bool):
+        super().__init__(Dense(), overlap)
         self.started = []
 
     def start(self, bucket, comm):
@@ -39,7 +39,7 @@ def backward(model: nn.Module) -> None:
 
 
 def build_exchange(model: nn.Module, overlap: bool = True) -> Exchange:
-    return Exchange(model.named_parameters(), RecordingCompressor(), LocalComm(), bucket_mb=0.001, overlap=overlap)
+    return Exchange(model.named_parameters(), RecordingCompressor(overlap), LocalComm(), bucket_mb=0.001)
 
 
 @settings(max_examples=50, deadline=None)

@@ -59,7 +59,7 @@ def exchanged_gradients(comm: Comm, channels_last: bool, micro_batches: int, ove
     reference = copy.deepcopy(model)
     for _ in range(micro_batches):
         reference(images).square().sum().backward()
-    exchange = Exchange(model.named_parameters(), ErrorFeedback(Dense()), comm, BUCKET_MB, overlap)
+    exchange = Exchange(model.named_parameters(), ErrorFeedback(Dense(), overlap), comm, BUCKET_MB)
     sums = []
     for _ in range(2):
         exchange.zero_grad()
