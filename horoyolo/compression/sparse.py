@@ -61,9 +61,9 @@ def decode(messages: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
 
 
 def _gap_codes(positions: Tensor) -> Tensor:
-    gaps = torch.diff(positions, prepend=positions.new_full((1,), -1)) - 1  # places without a value before each
-    skips = gaps // SKIP
-    num_skips = (skips + (MOST_SKIPS - 1)) // MOST_SKIPS  # bytes of them, all full but the last
+    gaps = torch.diff(positions, prepend=positions.new_full((1,), -1)).to(torch.int32) - 1  # places without a value before each
+    skips = torch.div(gaps, SKIP, rounding_mode="trunc")
+    num_skips = torch.div(skips + (MOST_SKIPS - 1), MOST_SKIPS, rounding_mode="trunc")  # bytes of them, all full but the last
     ends = torch.cumsum(num_skips + 1, 0) - 1  # where the byte is that ends a gap
     codes = torch.full((int(ends[-1]) + 1 if len(ends) else 0,), 255, dtype=torch.uint8, device=positions.device)
     # The last skip of a gap, and where there is none a byte that is written again below.

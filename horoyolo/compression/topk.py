@@ -27,7 +27,7 @@ from horoyolo.compression.base import Bucket, Comm, Lossy, Pending, gather_bytes
 from horoyolo.compression.sparse import decode, encode, upper_half
 
 FIRST_RATIO = 0.25  # where the ramp starts, as in Deep Gradient Compression
-BLOCK = 256  # values in a row that have one owner: most layers and many a bias are longer than that
+BLOCK = 256  # values in a row that have one owner, a power of two: most layers are much longer
 MOST = 1.25  # times the share asked for that is sent at most: the threshold is an estimate
 SAMPLED_ABOVE = 200  # values of the sample above the threshold: its estimate is then right within 7 % (one standard deviation)
 SMALLEST_BITS = 1 << 16  # a smaller magnitude (9e-41) goes to zero on the wire
@@ -53,11 +53,11 @@ class TopK(Lossy):
         return FIRST_RATIO * (self._target_ratio / FIRST_RATIO) ** (self.update / self._warmup_updates)
 
     def start(self, bucket: Bucket, comm: Comm, residual: Tensor) -> Pending:
-        parts = Parts(bucket.flat.numel(), comm.size())
-        select = Selection(parts, self.ratio, self.update)
+        select = Selection(Parts(bucket.flat.numel(), comm.size()), self.ratio, self.update)
         residual.copy_(bucket.flat)
+        threshold = select.threshold(residual[select.sample(len(residual))])
         nothing = torch.empty(0, dtype=torch.int32, device=residual.device)
-        messages = [nothing if owner == comm.rank() else select.take(residual, owner) for owner in range(comm.size())]
+        messages = [nothing if owner == comm.rank() else select.take(residual, owner, threshold) for owner in range(comm.size())]
         scattered = comm.alltoall_async(torch.cat(messages), [len(message) for message in messages], f"{bucket.name}.scatter")
         bucket.flat.zero_()
         return _TopKPending(bucket, comm, residual, select, scattered, 4 * sum(map(len, messages)))
@@ -70,11 +70,14 @@ class _TopKPending:
 
     def proceed(self) -> None:
         """Sum what the others sent of this worker's part, and send the largest of the sums."""
-        rank = self._comm.rank()
+        rank, select = self._comm.rank(), self._select
         received, _ = self._scattered.wait()
         for positions, values, _ in decode(received):
-            self._residual[self._select.parts.index(rank, positions)] += values
-        self._gathered = self._comm.allgather_async(self._select.take(self._residual, rank), f"{self._bucket.name}.gather")
+            self._residual[select.parts.index(rank, positions)] += values
+        every = select.sample(select.parts.length(rank))
+        sampled = torch.arange(every.start, every.stop, every.step, device=received.device)
+        threshold = select.threshold(self._residual[select.parts.index(rank, sampled)])
+        self._gathered = self._comm.allgather_async(select.take(self._residual, rank, threshold), f"{self._bucket.name}.gather")
 
     def finish(self) -> int:
         part_bytes = []
@@ -86,43 +89,39 @@ class _TopKPending:
 
 @dataclass(frozen=True)
 class Parts:
-    """Who owns which of ``numel`` values: blocks are dealt to ``size`` owners in turn; few values are shared out evenly."""
+    """Who owns which of ``numel`` values: blocks are dealt to ``size`` owners in turn."""
 
     numel: int
     size: int
 
     @property
-    def block(self) -> int:
-        """Values in a block; the last one may be shorter."""
-        return max(1, min(BLOCK, -(-self.numel // self.size)))
-
-    @property
     def rounds(self) -> int:
         """How often every owner gets a whole block."""
-        return self.numel // (self.block * self.size)
+        return self.numel // (BLOCK * self.size)
 
     def tail(self, owner: int) -> slice:
         """Where the last, shorter block of an owner is; it may be empty."""
-        start = min((self.rounds * self.size + owner) * self.block, self.numel)
-        return slice(start, min(start + self.block, self.numel))
+        start = min((self.rounds * self.size + owner) * BLOCK, self.numel)
+        return slice(start, min(start + BLOCK, self.numel))
 
     def length(self, owner: int) -> int:
         """Values in an owner's part."""
         tail = self.tail(owner)
-        return self.rounds * self.block + tail.stop - tail.start
+        return self.rounds * BLOCK + tail.stop - tail.start
 
     def whole(self, flat: Tensor, owner: int) -> Tensor:
-        """The whole blocks (rounds, block) of an owner, a view of ``flat`` (numel,)."""
-        return flat[: self.rounds * self.size * self.block].view(self.rounds, self.size, self.block)[:, owner]
+        """The whole blocks (rounds, BLOCK) of an owner, a view of ``flat`` (numel,)."""
+        return flat[: self.rounds * self.size * BLOCK].view(self.rounds, self.size, BLOCK)[:, owner]
 
     def index(self, owner: int, positions: Tensor) -> Tensor:
         """Where in the bucket the values at ``positions`` (n,) of an owner's part are."""
-        return positions + (positions // self.block * (self.size - 1) + owner) * self.block
+        before = (positions & -BLOCK) * (self.size - 1)  # blocks of others in earlier rounds
+        return positions + before + owner * BLOCK
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The largest values of a part: about the share ``ratio``, at most ``MOST`` times it, whatever is not finite first.
+    """The largest values: about the share ``ratio``, of a part at most ``MOST`` times it, whatever is not finite first.
 
     Magnitudes are compared as the integers that their bits are: those have the same order, and NaN is above all.
     """
@@ -131,43 +130,42 @@ class Selection:
     ratio: float
     phase: int  # moves the sample
 
-    def take(self, flat: Tensor, owner: int) -> Tensor:
-        """The message with the largest values of an owner's part; ``flat`` (numel,) keeps all but what the message says."""
-        positions = self.largest(flat, owner)
+    def sample(self, length: int) -> slice:
+        """Which of ``length`` values to look at to know a threshold: every so many-th, all where they are few."""
+        # Prime to 2 and 3, of which the shapes of convolutions are made: else only some channels or taps of a kernel would be seen.
+        stride = 6 * int(length * self.ratio / SAMPLED_ABOVE / 6) + 1
+        return slice(self.phase % stride, length, stride)
+
+    def threshold(self, sampled: Tensor) -> Tensor:
+        """The magnitude, as bits (), that the share ``ratio`` of ``sampled`` (n,) reaches."""
+        bits = _magnitude_bits(sampled)
+        above = math.ceil(self.ratio * len(bits))
+        return bits.topk(above, sorted=False).values.amin().clamp(min=SMALLEST_BITS) if above else bits.new_tensor(SMALLEST_BITS)
+
+    def take(self, flat: Tensor, owner: int, threshold: Tensor) -> Tensor:
+        """The message with what in an owner's part reaches ``threshold``; ``flat`` (numel,) keeps all but what the message says."""
+        positions = self.largest(flat, owner, threshold)
         index = self.parts.index(owner, positions)
         values = flat[index]
         flat[index] = values - upper_half(values)
         return encode(positions, values)
 
-    def largest(self, flat: Tensor, owner: int) -> Tensor:
-        """Rising positions (k,) of the largest values in an owner's part."""
-        length = self.parts.length(owner)
-        wanted = math.ceil(self.ratio * length)
-        if wanted == 0:
-            return torch.empty(0, dtype=torch.int64, device=flat.device)
-        positions = self._not_below(flat, owner, self._threshold(flat, owner))
-        if len(positions) > math.ceil(MOST * wanted):
+    def largest(self, flat: Tensor, owner: int, threshold: Tensor) -> Tensor:
+        """Rising positions (k,) of what in an owner's part reaches ``threshold``; of too many the largest."""
+        positions = self._not_below(flat, owner, threshold)
+        most = math.ceil(MOST * self.ratio * self.parts.length(owner))
+        if len(positions) > most:
             bits = _magnitude_bits(flat[self.parts.index(owner, positions)])
-            positions = positions[bits.topk(wanted, sorted=False).indices.sort().values]
+            positions = positions[bits.topk(most, sorted=False).indices.sort().values]
         return positions
-
-    def _threshold(self, flat: Tensor, owner: int) -> Tensor:
-        """The magnitude, as bits, that about the share ``ratio`` reaches, from every so many-th value; from all where they are few."""
-        length = self.parts.length(owner)
-        # Prime to 2 and 3, of which the shapes of convolutions are made: else only some channels or taps of a kernel would be seen.
-        stride = 6 * int(length * self.ratio / SAMPLED_ABOVE / 6) + 1
-        sampled = torch.arange(self.phase % stride, length, stride, device=flat.device)
-        bits = _magnitude_bits(flat[self.parts.index(owner, sampled)])
-        above = min(len(bits), math.ceil(self.ratio * len(bits)))
-        return bits.topk(above, sorted=False).values.min().clamp(min=SMALLEST_BITS)
 
     def _not_below(self, flat: Tensor, owner: int, threshold: Tensor) -> Tensor:
         whole, tail = self.parts.whole(flat, owner), self.parts.tail(owner)
         num_whole = whole.numel()
         mask = torch.zeros(-(-self.parts.length(owner) // 8) * 8, dtype=torch.bool, device=flat.device)
-        step = max(1, CHUNK // self.parts.block) if flat.device.type == "cpu" else max(1, len(whole))
+        step = CHUNK // BLOCK if flat.device.type == "cpu" else max(1, len(whole))
         for rows, mask_rows in zip(whole.split(step), mask[:num_whole].view_as(whole).split(step), strict=True):
-            torch.ge(_magnitude_bits(rows), threshold, out=mask_rows)
+            mask_rows.copy_(_magnitude_bits(rows).ge_(threshold))  # compared as integers into integers: three times faster than into bools
         mask[num_whole : self.parts.length(owner)] = _magnitude_bits(flat[tail]) >= threshold
         return _nonzero(mask)
 
@@ -178,6 +176,7 @@ def _magnitude_bits(values: Tensor) -> Tensor:
 
 def _nonzero(mask: Tensor) -> Tensor:
     """Rising positions of what is true in ``mask`` (a multiple of 8,), mostly false: eight at a time first, which is several times faster."""
-    eights = mask.view(torch.int64).nonzero().squeeze(1)
-    which, place = mask.view(-1, 8)[eights].nonzero(as_tuple=True)
-    return eights[which] * 8 + place
+    eights = mask.view(torch.int64)
+    some = eights.nonzero().squeeze(1)
+    places = eights[some].view(torch.bool).nonzero().squeeze(1)
+    return some[places >> 3] * 8 + (places & 7)
