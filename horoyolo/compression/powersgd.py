@@ -23,7 +23,7 @@ from horoyolo.compression.base import Bucket, Comm, Lossy, Pending, ring_bytes
 Side = Literal["outputs", "inputs"]
 
 HEADROOM = 2.0**16  # factors travel divided by it: a sum along a row can be larger than the row's values by the root of its length
-NOISE = 1e-7  # of a factor's largest value, about the rounding of float32: it shows only where a factor has no direction of its own
+NOISE = 1e-12  # of a factor's largest value, far below its rounding: it shows only where a factor has no direction of its own
 MIN_SAVING = 4  # smaller savings of a matrix are not worth its error
 
 
