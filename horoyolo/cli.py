@@ -91,7 +91,7 @@ TRAIN_FLAGS = (
     Flag(("--seed",), "seed", "seed of everything random"),
     Flag(("--sync-bn",), "comms.sync_bn", "BatchNorm over the global batch", switch=True),
     Flag(("--resume",), "resume", "auto (go on with --name if it is there), a run folder, a checkpoint; bare: newest run", optional="newest"),
-    Flag(("--compression",), "comms.compression", "how gradients are compressed: none"),
+    Flag(("--compression",), "comms.compression", "how gradients are compressed: none, fp16, bf16, int8, onebit, topk, powersgd, auto"),
     Flag(("--precision",), "precision", "fp32, bf16, fp16 (GPU) or auto"),
     Flag(("--optimizer",), "optim.optimizer", "sgd or adamw"),
     Flag(("--cos-lr",), "optim.cos_lr", "cosine instead of linear decay", switch=True),
@@ -354,28 +354,30 @@ def _synthesise(parsed: argparse.Namespace) -> int:
 
 
 def _describe_bench(parser: _Parser) -> None:
-    from horoyolo.bench.flags import describe_scaling, describe_step
+    from horoyolo.bench.flags import describe_allreduce, describe_compression, describe_scaling, describe_step
 
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
-    step = benches.add_parser("step", help="training steps a second, precisions and layouts side by side")
-    describe_step(step)
-    step.set_defaults(run=_bench_step)
-    scaling = benches.add_parser("scaling", help="what the exchange costs, against processes without any")
-    describe_scaling(scaling)
-    scaling.set_defaults(run=_bench_scaling)
+    for name, describe, text in (
+        ("step", describe_step, "training steps a second, precisions and layouts side by side"),
+        ("scaling", describe_scaling, "what the exchange costs, against processes without any"),
+        ("allreduce", describe_allreduce, "a sum over workers by its size, against stock Horovod and plain sockets"),
+        ("compression", describe_compression, "what each way to sum gradients costs, on links of several speeds"),
+    ):
+        bench = benches.add_parser(name, help=text)
+        describe(bench)
+        bench.set_defaults(run=_bench)
 
 
-def _bench_step(parsed: argparse.Namespace) -> int:
-    from horoyolo.bench.step import bench_step
+def _bench(parsed: argparse.Namespace) -> int:
+    from importlib import import_module
 
-    bench_step(parsed)
-    return DONE
+    from horoyolo.launch.remote import LaunchError
 
-
-def _bench_scaling(parsed: argparse.Namespace) -> int:
-    from horoyolo.bench.scaling import bench_scaling
-
-    bench_scaling(parsed)
+    try:
+        getattr(import_module(f"horoyolo.bench.{parsed.bench}"), f"bench_{parsed.bench}")(parsed)
+    except LaunchError as error:
+        print(f"horoyolo: error: {error}", file=sys.stderr)
+        return FAILED
     return DONE
 
 

@@ -4,19 +4,66 @@ from __future__ import annotations
 
 import argparse
 
+from horoyolo.launch.flags import describe_hosts
+
+LAUNCHERS = ("horovodrun", "mpirun")
+SIZES = [4**power for power in range(1, 14)]  # 4 B to 64 MiB
+PEERS = ("stock", "stock-fp16", "ddp", "ddp-nchw", "ddp-fp16", "ddp-fp16-nchw", "ddp-powersgd")
+
 
 def describe_step(parser: argparse.ArgumentParser) -> None:
     """``bench step``: one process, precisions and layouts side by side."""
     _describe_model(parser, cfg="yolov5s", batch=16)
+    _describe_repeats(parser)
     parser.add_argument("--device", default="", help="cpu, cuda or a GPU number")
 
 
 def describe_scaling(parser: argparse.ArgumentParser) -> None:
     """``bench scaling``: several workers with an exchange every step, against the same processes without any."""
+    _describe_workers(parser)
     _describe_model(parser, cfg="yolov5s", batch=4)
-    parser.add_argument("-np", "--num-proc", type=int, default=2, help="workers, each with one thread")
-    parser.add_argument("--launchers", nargs="+", default=["horovodrun", "mpirun"], choices=("horovodrun", "mpirun"))
+    _describe_repeats(parser)
+    _describe_precision(parser)
+    _describe_launchers(parser, [*LAUNCHERS])
     parser.add_argument("--peer", default="", metavar="SCRIPT", help="stock Horovod's worker to run beside ours: scripts/peers/stock_horovod.py")
+
+
+def describe_allreduce(parser: argparse.ArgumentParser) -> None:
+    """``bench allreduce``: a sum over workers, by size."""
+    _describe_workers(parser)
+    _describe_repeats(parser)
+    _describe_launchers(parser, ["horovodrun"])
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES", help="what to sum; by default 4 B to 64 MiB")
+    parser.add_argument("--plot", default="", metavar="FILE.png")
+
+
+def describe_compression(parser: argparse.ArgumentParser) -> None:
+    """``bench compression``: what each way to sum gradients costs, on links of several speeds."""
+    _describe_workers(parser)
+    _describe_model(parser, cfg="yolov5s", batch=4)
+    _describe_repeats(parser)
+    _describe_precision(parser)
+    parser.add_argument("--launcher", default="horovodrun", choices=LAUNCHERS)
+    entries = "ways to sum, such as none int8 powersgd:powersgd_rank=2; by default all but auto"
+    parser.add_argument("--entries", nargs="+", default=None, metavar="NAME[:KEY=VALUE,...]", help=entries)
+    when = "when gradients leave: while backward runs (yes), after it (no); by default both, each a row of its own"
+    parser.add_argument("--overlap", nargs="+", default=["no", "yes"], choices=("no", "yes"), help=when)
+    links = (
+        "link speeds as tc writes them, such as 50mbit 1gbit; 0 (the default) leaves the link as it is. For any other, `tc qdisc` limits what "
+        "each host sends through its interface: this needs root on all hosts, slows down everything else there, replaces the rules that the "
+        "interface has, and leaves the kernel's default behind"
+    )
+    parser.add_argument("--links", nargs="+", default=None, metavar="RATE", help=links)
+    ratio = "also links on which summing plainly takes R times as long as a step computes, which is measured first"
+    parser.add_argument("--link-ratio", nargs="+", type=float, default=[], metavar="R", help=ratio)
+    peers = "others in the same alternating repeats: stock Horovod's optimizer and PyTorch DDP over Gloo with its hooks; bare: all of them"
+    parser.add_argument("--peers", nargs="*", default=None, choices=PEERS, help=peers)
+    parser.add_argument("--plot", default="", metavar="FILE.png")
+
+
+def _describe_workers(parser: argparse.ArgumentParser) -> None:
+    describe_hosts(parser)
+    parser.add_argument("-np", "--num-proc", type=int, default=None, metavar="N", help="workers, each with one thread; by default 2, or one a slot")
 
 
 def _describe_model(parser: argparse.ArgumentParser, cfg: str, batch: int) -> None:
@@ -24,5 +71,16 @@ def _describe_model(parser: argparse.ArgumentParser, cfg: str, batch: int) -> No
     parser.add_argument("--img", type=int, default=320, help="side in pixels")
     parser.add_argument("--batch", type=int, default=batch, help="images a step of each process")
     parser.add_argument("--steps", type=int, default=10, help="steps a repeat")
+
+
+def _describe_repeats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="repeats of each variant, in turn")
     parser.add_argument("--json", default="", metavar="FILE")
+
+
+def _describe_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 where this CPU has it")
+
+
+def _describe_launchers(parser: argparse.ArgumentParser, default: list[str]) -> None:
+    parser.add_argument("--launchers", "--launcher", nargs="+", default=default, choices=LAUNCHERS, help="Gloo by horovodrun, MPI by mpirun")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from horoyolo.bench.figures import machine, paired_ratio, settings, spread, write_json
+from horoyolo.bench.links import sent_bytes
 from horoyolo.config import Config, Hyper, Optim
-from horoyolo.distributed.exchange import Exchange
 from horoyolo.engine.build import build_loss, build_optimizer
-from horoyolo.engine.device import Numerics, pick_device
-from horoyolo.files import atomic_file
+from horoyolo.engine.device import Numerics, numerics_for, pick_device
 from horoyolo.model.yolo import build_model
 
 WARMUP_STEPS = 3
@@ -26,6 +25,16 @@ VARIANTS = {
     "bf16 NCHW": (torch.bfloat16, torch.contiguous_format),
     "bf16 channels_last": (torch.bfloat16, torch.channels_last),
 }
+
+
+class Exchange(Protocol):
+    """What a step does with its gradients between backward and the optimizer."""
+
+    def arm(self) -> None:
+        """The backward that follows is the last of this update."""
+
+    def finish(self) -> object:
+        """Gradients are summed when this returns."""
 
 
 @dataclass
@@ -44,7 +53,8 @@ class Stepper:
         hyper = Hyper()
         self.model = build_model(self.cfg, 80).to(self.numerics.device, memory_format=self.numerics.memory_format).train()  # type: ignore[call-overload]
         self.loss = build_loss(Config(img=self.img, hyp=hyper), self.model)
-        self.optimizer = build_optimizer(self.model, Optim(), hyper.lr0, hyper.momentum, hyper.weight_decay)
+        # At a rate of zero weights stay as they are: whoever comes later meets the same gradients, and nothing overflows.
+        self.optimizer = build_optimizer(self.model, Optim(), 0.0, hyper.momentum, hyper.weight_decay)
         self.images = torch.randint(0, 256, (self.batch, 3, self.img, self.img), dtype=torch.uint8)
         # Eight boxes of a fifth to a half of the image in each, as dense as in common data sets.
         boxes = torch.cat([torch.rand(8 * self.batch, 2) * 0.5 + 0.25, torch.rand(8 * self.batch, 2) * 0.3 + 0.2], 1)
@@ -77,13 +87,25 @@ class Stepper:
             times.append(time.perf_counter() - started_s)
         return times
 
+    def measure(self, steps: int, barrier: Callable[[], object], nic: str = "") -> dict[str, float]:
+        """The median time of ``steps`` steps that all workers begin together, and the bytes of each that this host sent over ``nic``."""
+        barrier()
+        before = sent_bytes(nic)
+        times = self.seconds(steps)
+        barrier()  # all has arrived, so all has been sent
+        return {"step_s": statistics.median(times), "interface_bytes": (sent_bytes(nic) - before) / steps}
+
+
+def variant_name(precision: str, layout: str) -> str:
+    """Which of VARIANTS a ``--precision`` means on this machine's CPU."""
+    dtype = numerics_for(torch.device("cpu"), precision).dtype
+    return f"{'bf16' if dtype == torch.bfloat16 else 'fp32'} {layout}"
+
 
 def bench_step(parsed: argparse.Namespace) -> dict[str, Any]:
     """Times every variant, prints the table, writes the JSON, and gives what it holds: median seconds and rates a variant."""
     device = pick_device(parsed.device, 0)
-    steppers = {
-        name: Stepper(Numerics(device, dtype, layout), parsed.cfg, parsed.img, parsed.batch) for name, (dtype, layout) in VARIANTS.items()
-    }
+    steppers = {name: Stepper(Numerics(device, dtype, layout), parsed.cfg, parsed.img, parsed.batch) for name, (dtype, layout) in VARIANTS.items()}
     medians: dict[str, list[float]] = {name: [] for name in steppers}
     for stepper in steppers.values():
         stepper.seconds(WARMUP_STEPS)
@@ -93,30 +115,18 @@ def bench_step(parsed: argparse.Namespace) -> dict[str, Any]:
 
     print(f"{parsed.cfg}, {parsed.img} px, {parsed.batch} images, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}")
     result = table(medians, parsed.batch, baseline=next(iter(VARIANTS)))
-    report = {"machine": platform.processor() or platform.machine(), "settings": settings(parsed), "variants": result}
+    report = {"machine": machine(), "settings": settings(parsed), "variants": result}
     write_json(parsed.json, report)
     return report
 
 
 def table(medians: dict[str, list[float]], images: int, baseline: str) -> dict[str, Any]:
     """Prints and gives each variant's median of medians, its spread and its rate against the baseline, paired repeat by repeat."""
-    result = {}
+    result: dict[str, Any] = {}
     print(f"{'':34}{'ms a step':>10}{'min':>8}{'max':>8}{'images/s':>10}{'against ' + baseline:>26}")
     for name, values in medians.items():
-        ratio = statistics.median(b / v for b, v in zip(medians[baseline], values, strict=True))
-        median_s = statistics.median(values)
-        result[name] = {"median_s": median_s, "min_s": min(values), "max_s": max(values), "rate_ratio": ratio, "repeats_s": values}
+        ratio = paired_ratio(values, medians[baseline])
+        result[name] = {**spread(values), "rate_ratio": ratio}
+        median_s = result[name]["median_s"]
         print(f"{name:34}{median_s * 1e3:10.1f}{min(values) * 1e3:8.1f}{max(values) * 1e3:8.1f}{images / median_s:10.1f}{ratio:25.2f}x")
     return result
-
-
-def settings(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The plain values among the parsed words."""
-    return {key: value for key, value in vars(parsed).items() if isinstance(value, (str, int, float, list))}
-
-
-def write_json(path: str, content: dict[str, Any]) -> None:
-    """Writes ``content`` to ``path``; an empty path: nowhere."""
-    if path:
-        with atomic_file(path, "w") as stream:
-            json.dump(content, stream, indent=1)

@@ -1,25 +1,45 @@
-"""One process of ``bench scaling``: takes training steps and prints their median time in seconds on standard output.
+"""One process of ``bench scaling``: takes training steps and reports their median time.
 
-Started alone it never initialises Horovod and exchanges nothing; started by horovodrun or mpirun it exchanges every step.
+Started by horovodrun or mpirun it exchanges every step; started beside others, with ``--alone`` or ``--sockets``, it never initialises
+Horovod, and exchanges nothing, or as many bytes over plain sockets.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
-import sys
 
+import numpy as np
 import torch
 
+from horoyolo.bench.ring import SocketRing
 from horoyolo.bench.step import VARIANTS, WARMUP_STEPS, Stepper
+from horoyolo.bench.talk import Starter, report
 from horoyolo.compression.build import build_compressor
+from horoyolo.compression.policy import ROUNDS
 from horoyolo.config import Comms, Config
 from horoyolo.distributed.comm import open_comm
 from horoyolo.distributed.exchange import Exchange
 from horoyolo.engine.build import overlaps
 from horoyolo.engine.device import Numerics
 from horoyolo.engine.start import cycle_time_ms
+
+
+class SocketExchange:
+    """Moves as many bytes as the gradients have and adds them up, in the same place of a step; the gradients themselves stay where they are.
+
+    No exchange of gradients can be quicker with sockets like these: it would have to gather and spread them too.
+    """
+
+    def __init__(self, ring: SocketRing, model: torch.nn.Module):
+        self._ring = ring
+        self._values = np.zeros(sum(param.numel() for param in model.parameters()), np.float32)
+        self._values.fill(0.0)  # memory that is there before the clock runs
+
+    def arm(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        self._ring.allreduce(self._values)
 
 
 def main() -> None:
@@ -30,26 +50,43 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--variant", choices=VARIANTS, required=True)
-    parser.add_argument("--wait", action="store_true", help="say `ready` when warm, and start at a line on standard input")
+    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--sockets", action="store_true")
     parsed = parser.parse_args()
+    torch.set_num_threads(1)
+    if parsed.alone or parsed.sockets:
+        step_beside_others(parsed, Starter())
+    else:
+        step_together(parsed)
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    comm = open_comm(cycle_time_ms(Config()))
-    numerics = Numerics(torch.device("cpu"), *VARIANTS[parsed.variant])
-    stepper = Stepper(numerics, parsed.cfg, parsed.img, parsed.batch, seed=comm.rank())
-    if comm.size() > 1:
-        comms = Comms()
-        compressor = build_compressor(comms)
-        stepper.exchange = Exchange(stepper.model.named_parameters(), compressor, comm, comms.bucket_mb, overlaps(comms, numerics))
+
+def step_beside_others(parsed: argparse.Namespace, starter: Starter) -> None:
+    """Measures steps without Horovod."""
+    stepper = _stepper(parsed, starter.rank)
+    if parsed.sockets:
+        stepper.exchange = SocketExchange(SocketRing(starter), stepper.model)
     stepper.seconds(WARMUP_STEPS)
-    if parsed.wait:
-        print("ready", flush=True)
-        sys.stdin.readline()
-    times = stepper.seconds(parsed.steps)
+    measured = stepper.measure(parsed.steps, lambda: starter.allgather(None))
+    report({**measured, "gradient_bytes": 4 * sum(param.numel() for param in stepper.model.parameters())})
+
+
+def step_together(parsed: argparse.Namespace) -> None:
+    """Measures steps as training takes them."""
+    comm = open_comm(cycle_time_ms(Config(device="cpu")))
+    stepper = _stepper(parsed, comm.rank())
+    comms = Comms()
+    choices = overlaps(comms, stepper.numerics)
+    stepper.exchange = Exchange(stepper.model.named_parameters(), build_compressor(comms, choices), comm, comms.bucket_mb)
+    stepper.seconds(WARMUP_STEPS + (ROUNDS * len(choices) if len(choices) > 1 else 0))  # where there is a choice it is made by then
+    measured = stepper.measure(parsed.steps, comm.barrier)
     if comm.rank() == 0:
-        print(f"median_step_s={statistics.median(times):.6f}", flush=True)
+        report(measured)
     comm.barrier()
     comm.close()
+
+
+def _stepper(parsed: argparse.Namespace, seed: int) -> Stepper:
+    return Stepper(Numerics(torch.device("cpu"), *VARIANTS[parsed.variant]), parsed.cfg, parsed.img, parsed.batch, seed)
 
 
 if __name__ == "__main__":

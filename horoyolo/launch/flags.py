@@ -10,7 +10,7 @@ from horoyolo.launch.slurm import describe_slurm
 
 def describe_launch(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``launch``: where, how many, by what, and what else to do than start."""
-    _describe_hosts(parser)
+    describe_hosts(parser)
     parser.add_argument("-np", "--num-proc", type=int, default=None, metavar="N", help="workers; by default one a slot, one without hosts")
     parser.add_argument("--launcher", default=None, help="horovodrun (default), mpirun, hydra, or slurm (srun; default with --slurm)")
     parser.add_argument("--transport", default="gloo", choices=("gloo", "mpi"), help="what horovodrun's workers talk by")
@@ -25,12 +25,13 @@ def describe_launch(parser: argparse.ArgumentParser) -> None:
 
 def describe_doctor(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``doctor``."""
-    _describe_hosts(parser)
+    describe_hosts(parser)
     parser.add_argument("--data", metavar="YAML", default="", help="compare the data set too")
     parser.add_argument("--json", metavar="FILE", default=None, help="file for all findings and figures")
 
 
-def _describe_hosts(parser: argparse.ArgumentParser) -> None:
+def describe_hosts(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that name hosts, the interface between them, and how to log in."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", metavar="FILE", help="hosts and their slots: Open MPI's, MPICH's and PBS's forms")
     where.add_argument("--hosts", "-H", metavar="a:4,b:4", help="hosts and their slots; without any: this machine")

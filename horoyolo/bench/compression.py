@@ -1,0 +1,203 @@
+"""``bench compression``: what each way to sum gradients costs a training step, on links of several speeds, beside the ways of others."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from horoyolo import config as configuration
+from horoyolo.bench.compression_worker import row_words
+from horoyolo.bench.figures import machine, paired_ratio, progress, settings, spread, write_json
+from horoyolo.bench.flags import PEERS
+from horoyolo.bench.links import AS_IT_IS, check_rate, shaped
+from horoyolo.bench.processes import Place, chosen_place, launched, orderly_end, peer_script, side_by_side
+from horoyolo.bench.scaling import size_words, worker_argv
+from horoyolo.bench.step import variant_name
+from horoyolo.compression.base import ring_bytes
+from horoyolo.compression.build import AUTO, COMPRESSORS, build_compressor
+from horoyolo.config import Comms, Config, InputError
+
+OVERLAPS = {"no": (False,), "yes": (True,)}
+PARTS = ("encode_s", "wait_s", "decode_s", "wire_bytes", "interface_bytes")  # of a step, beside its time
+Rows = list[tuple[str, Comms, tuple[bool, ...]]]
+Repeats = dict[str, dict[str, list[float]]]  # row -> figure -> a value for each repeat
+
+
+def bench_compression(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Measures all rows on every link; prints a table for each, writes the JSON and the plot and gives what the JSON holds."""
+    place = chosen_place(parsed)
+    rows = chosen_rows(parsed.entries or list(COMPRESSORS), parsed.overlap)
+    variant = variant_name(parsed.precision, "channels_last")
+    peers = peer_jobs(parsed, place, rows, variant.split()[0])
+    links = {rate: check_rate(rate, place) for rate in parsed.links or ([] if parsed.link_ratio else [AS_IT_IS])}
+    if parsed.link_ratio and not place.nic:
+        raise InputError("--link-ratio: only a link between hosts can be made slower; --hosts names some, --nic their interface")
+
+    report: dict[str, Any] = {"machine": machine(), "settings": settings(parsed), "workers": place.num_workers, "links": {}}
+    with orderly_end():
+        if parsed.link_ratio:
+            report["compute"] = compute = measure_compute(parsed, place, variant)
+            links |= {f"ratio {ratio:g}": ratio_rate(ratio, compute, place.num_workers) for ratio in parsed.link_ratio}
+        errors: dict[str, dict[str, float]] = {}
+        for label, rate in links.items():
+            with shaped(place, rate):
+                figures, found = measure_link(parsed, place, rows, variant, peers, label, with_errors=not errors)
+            errors = errors or found
+            report["links"][label] = {"rate": rate, **summary(figures, errors)}
+            print(f"{place.name}, {_link_name(label, rate)}, {parsed.cfg}, {parsed.img} px, {parsed.batch} images each, {variant}")
+            print_table(report["links"][label])
+    write_json(parsed.json, report)
+    if parsed.plot:
+        from horoyolo.bench.plots import plot_compression
+
+        plot_compression(report["links"], parsed.plot)
+    return report
+
+
+def chosen_rows(entries: Sequence[str], overlaps: Sequence[str]) -> Rows:
+    """A row for each entry, NAME[:KEY=VALUE,...] with the keys of ``Comms``, and each time at which buckets may leave; `auto` chooses that time
+    itself. Raises InputError for an unknown entry or key."""
+    rows: Rows = []
+    for entry in entries:
+        comms = entry_comms(entry)
+        build_compressor(comms)  # an unknown one is found here, not by every worker
+        if comms.compression == AUTO:
+            rows.append((entry, comms, tuple(overlap == "yes" for overlap in overlaps)))
+        else:
+            rows += [(entry if overlap == "no" else f"{entry}, overlapped", comms, OVERLAPS[overlap]) for overlap in overlaps]
+    return rows
+
+
+def entry_comms(entry: str) -> Comms:
+    """What NAME[:KEY=VALUE,...] means."""
+    name, _, words = entry.partition(":")
+    values: dict[str, Any] = {"comms.compression": name}
+    for word in words.split(",") if words else ():
+        key, separator, value = word.partition("=")
+        if not separator:
+            raise InputError(f"--entries {entry}: NAME:KEY=VALUE is wanted, such as powersgd:powersgd_rank=2")
+        values[f"comms.{key}"] = value
+    return configuration.override(Config(), values, f"--entries {entry}").comms
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """What others do in the place of our exchange; ``launcher`` empty: started by us, side by side."""
+
+    name: str
+    argv: list[str]
+    launcher: str = ""
+
+    def run(self, place: Place) -> dict[str, float]:
+        """Step time and bytes of one repeat."""
+        job = place.job(self.argv, peer=True)
+        return launched(job, place.hosts, self.launcher) if self.launcher else side_by_side(place, job)[0]
+
+
+def peer_jobs(parsed: argparse.Namespace, place: Place, rows: Rows, precision: str) -> list[Peer]:
+    """The peers asked for, DDP's PowerSGD once for each rank among the rows."""
+    if parsed.peers is None:
+        return []
+    words = [*size_words(parsed), "--precision", precision, *(["--nic", place.nic] if place.nic else [])]
+    stock, ddp = [*peer_script("stock_horovod.py"), *words], [*peer_script("ddp_hooks.py"), *words]
+    known = {
+        "stock": [Peer("stock Horovod, NCHW", stock, parsed.launcher)],
+        "stock-fp16": [Peer("stock Horovod fp16, NCHW", [*stock, "--compression", "fp16"], parsed.launcher)],
+        "ddp": [Peer("DDP, channels_last", ddp)],
+        "ddp-nchw": [Peer("DDP, NCHW", [*ddp, "--layout", "NCHW"])],
+        "ddp-fp16": [Peer("DDP fp16, channels_last", [*ddp, "--hook", "fp16"])],
+        "ddp-fp16-nchw": [Peer("DDP fp16, NCHW", [*ddp, "--hook", "fp16", "--layout", "NCHW"])],
+        "ddp-powersgd": [
+            Peer(f"DDP powersgd rank {rank}, NCHW", [*ddp, "--hook", "powersgd", "--rank", str(rank), "--layout", "NCHW"])
+            for rank in sorted({comms.powersgd_rank for _, comms, _ in rows if comms.compression == "powersgd"})
+        ],
+    }
+    return [peer for name in parsed.peers or PEERS for peer in known[name]]
+
+
+def measure_compute(parsed: argparse.Namespace, place: Place, variant: str) -> dict[str, float]:
+    """Seconds of a step of plain processes, the median of the repeats of their mean, and the bytes of the gradients."""
+    job = place.job(worker_argv(parsed, variant, "--alone"))
+    times = []
+    for repeat in range(parsed.repeats):
+        progress(f"compute time, repeat {repeat + 1} of {parsed.repeats}")
+        reports = side_by_side(place, job)
+        times.append(statistics.mean(each["step_s"] for each in reports))
+    return {**spread(times), "gradient_bytes": reports[0]["gradient_bytes"]}
+
+
+def ratio_rate(ratio: float, compute: dict[str, float], num_workers: int) -> str:
+    """The link speed, as tc writes it, at which a ring allreduce of the gradients takes ``ratio`` times the compute time of a step."""
+    bits = 8 * ring_bytes(int(compute["gradient_bytes"]), num_workers)
+    return f"{bits / (ratio * compute['median_s']) / 1e3:.0f}kbit"
+
+
+def measure_link(
+    parsed: argparse.Namespace, place: Place, rows: Rows, variant: str, peers: Sequence[Peer], label: str, with_errors: bool
+) -> tuple[Repeats, dict[str, dict[str, float]]]:
+    """Figures of every row and peer in each repeat, and the errors of sums.
+
+    One job takes all rows in turn, which pairs them best; where peers take turns too it is started again in each repeat.
+    """
+    figures: Repeats = defaultdict(lambda: defaultdict(list))
+    errors: dict[str, dict[str, float]] = {}
+    num_jobs, repeats = (parsed.repeats, 1) if peers else (1, parsed.repeats)
+    words = [*size_words(parsed), "--repeats", str(repeats), "--variant", variant, *row_words(rows), *(["--nic", place.nic] if place.nic else [])]
+    argv = [sys.executable, "-m", "horoyolo.bench.compression_worker", *words]
+    for number in range(num_jobs):
+        progress(f"link {label}, job {number + 1} of {num_jobs}: {len(rows)} rows")
+        measured = launched(place.job([*argv, *(["--errors"] if with_errors and number == 0 else [])]), place.hosts, parsed.launcher)
+        errors = errors or measured.get("errors", {})
+        for row, of_row in measured["rows"].items():
+            for name, values in of_row.items():
+                figures[row][name] += values
+        for peer in peers:
+            progress(f"link {label}, repeat {number + 1} of {parsed.repeats}: {peer.name}")
+            for name, value in peer.run(place).items():
+                figures[peer.name][name].append(value)
+    return figures, errors
+
+
+def summary(figures: Repeats, errors: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Each row's step time and parts, and its rate against the plain way: the quickest of ours without compression and stock Horovod's."""
+    candidates = [name for name in figures if is_plain(name)] or [next(iter(figures))]
+    plain = min(candidates, key=lambda name: statistics.median(figures[name]["step_s"]))
+    rows = {}
+    for name, of_row in figures.items():
+        parts = {part: statistics.median(of_row[part]) for part in PARTS if part in of_row}
+        ratio = paired_ratio(of_row["step_s"], figures[plain]["step_s"])
+        rows[name] = {**spread(of_row["step_s"]), **parts, **errors.get(name, {}), "rate_against_plain": ratio}
+    return {"plain": plain, "rows": rows}
+
+
+def is_plain(name: str) -> bool:
+    """Whether a row sums 32-bit floats as they are, ours or stock Horovod's."""
+    return name in ("none", "none, overlapped", "stock Horovod, NCHW")
+
+
+def print_table(link: dict[str, Any]) -> None:
+    """Times in milliseconds a step, bytes in MB a step of one worker (declared) and of its host (on the wire)."""
+    heads = ("ms a step", "min", "max", "encode", "wait", "decode", "MB", "on wire", "error", "fed back", "against plain")
+    print(f"{'':34}" + "".join(f"{head:>10}" for head in heads[:-1]) + f"{heads[-1]:>15}")
+    for name, row in link["rows"].items():
+        times = [row.get(part) for part in ("median_s", "min_s", "max_s", "encode_s", "wait_s", "decode_s")]
+        sizes = [row.get(part) or None for part in ("wire_bytes", "interface_bytes")]
+        errors = [row.get(part) for part in ("error", "error_with_feedback")]
+        cells = [_cell(value, 1e3, 1) for value in times] + [_cell(value, 1e-6, 3) for value in sizes] + [_cell(value, 1, 4) for value in errors]
+        print(f"{name:34}" + "".join(cells) + f"{row['rate_against_plain']:14.2f}x")
+    print(f"plain: {link['plain']}; errors are parts of the true sum's norm: of one update, of the mean of several with error feedback")
+
+
+def _cell(value: float | None, scale: float, digits: int) -> str:
+    return f"{'-':>10}" if value is None else f"{value * scale:10.{digits}f}"
+
+
+def _link_name(label: str, rate: str) -> str:
+    if rate == AS_IT_IS:
+        return "link as it is"
+    return f"link of {rate}" if label == rate else f"link of {rate} ({label})"
