@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from horoyolo.launch.command import LAUNCHERS, Job
+from horoyolo.launch.hosts import local_hosts
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +30,28 @@ def shared() -> Path:
 def _one_thread() -> None:
     """Sums in a fixed order, and no test that starts several processes floods the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def run_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """``run_workers(program, n)`` runs a Python file on n real Horovod workers: what each saved as ``rankN.pt`` in the folder it was told."""
+    pytest.importorskip("horovod.torch", reason="Horovod is not installed (scripts/setup.sh builds it)")
+
+    def run(program: Path, num_workers: int, launcher: str = "horovodrun", timeout_s: float = 90) -> list[dict[str, Any]]:
+        out = tmp_path_factory.mktemp(f"workers-{num_workers}")
+        env = {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        job = Job(num_workers, (sys.executable, str(program), str(out)), env=env, as_root=os.geteuid() == 0)
+        argv = LAUNCHERS[launcher](job, local_hosts(num_workers))
+        log = out / "log.txt"
+        with log.open("w") as stream:
+            process = subprocess.Popen(argv, env={**os.environ, **env}, stdout=stream, stderr=stream, start_new_session=True)
+            try:
+                status = process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+                status = -1
+        assert status == 0, f"{' '.join(argv)} ended with {status}:\n{log.read_text()}"
+        return [torch.load(out / f"rank{rank}.pt") for rank in range(num_workers)]
+
+    return run

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-spec = importlib.util.spec_from_file_location("worker_program", Path(__file__).with_name("worker_program.py"))
+PROGRAM = Path(__file__).with_name("worker_program.py")
+spec = importlib.util.spec_from_file_location("worker_program", PROGRAM)
 program = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(program)
 
@@ -19,7 +20,7 @@ spec.loader.exec_module(program)
 @pytest.fixture(scope="module")
 def job(run_workers):
     """What the workers of a job saved; each kind of job runs once."""
-    return functools.cache(lambda launcher, num_workers: run_workers("worker_program.py", num_workers, launcher))
+    return functools.cache(lambda launcher, num_workers: run_workers(PROGRAM, num_workers, launcher))
 
 
 JOBS = [("horovodrun", 2), ("horovodrun", 3), ("horovodrun", 4), ("mpirun", 2)]
@@ -138,7 +139,7 @@ def test_sync_bn_running_statistics_have_the_same_bits_on_every_worker(workers):
 
 
 def test_same_bits_when_the_job_is_run_again(job, run_workers):
-    first, again = job("horovodrun", 3)[0], run_workers("worker_program.py", 3)[0]
+    first, again = job("horovodrun", 3)[0], run_workers(PROGRAM, 3)[0]
     for name, total in first["channels_last"]["sums"][0].items():
         assert torch.equal(total, again["channels_last"]["sums"][0][name])
     assert torch.equal(first["bn"]["outputs"], again["bn"]["outputs"])
