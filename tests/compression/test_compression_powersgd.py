@@ -213,8 +213,13 @@ def test_what_is_small_goes_as_it_is_with_the_factors_in_one_allreduce():
     assert run_threads(3, work) == [[ring_bytes(4 * numel, 3) for numel in (outputs, inputs, outputs)]] * 3
 
 
+@pytest.fixture(scope="module")
+def yolov5s_buckets():
+    return build_buckets(build_model("yolov5s", 80).named_parameters(), 25.0)
+
+
 @pytest.mark.parametrize(("rank", "times_fewer"), [(1, 170), (2, 110), (4, 65)])
-def test_yolov5s_needs_many_times_fewer_bytes(rank, times_fewer):
+def test_yolov5s_needs_many_times_fewer_bytes(yolov5s_buckets, rank, times_fewer):
     class TwoWorkers(ThreadComm):
         def size(self) -> int:
             return 2
@@ -222,17 +227,15 @@ def test_yolov5s_needs_many_times_fewer_bytes(rank, times_fewer):
         def allreduce_async(self, tensor, name, op="sum"):
             return super()._exchange(tensor, name, lambda tensors: tensors[0])
 
-    buckets = build_buckets(build_model("yolov5s", 80).named_parameters(), 25.0)
-
     def work(comm: ThreadComm) -> None:
         comm.__class__ = TwoWorkers
         lossy, declared = PowerSGD(rank), 0
         for _ in range(2):
-            pending = [lossy.start(bucket, comm, torch.empty_like(bucket.flat)) for bucket in buckets]
+            pending = [lossy.start(bucket, comm, torch.empty_like(bucket.flat)) for bucket in yolov5s_buckets]
             declared += sum(each.finish() for each in pending)
             lossy.commit()
-        plain = sum(ring_bytes(4 * bucket.flat.numel(), 2) for bucket in buckets)
+        plain = sum(ring_bytes(4 * bucket.flat.numel(), 2) for bucket in yolov5s_buckets)
         assert 2 * plain > times_fewer * declared
-        assert all(not flat_logical(bucket).any() for bucket in buckets)
+        assert all(not flat_logical(bucket).any() for bucket in yolov5s_buckets)
 
     alone(work)
