@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,16 +35,19 @@ class Float16:
     def row_bytes(self) -> int:
         return SCALE_BYTES + 2 * self.block
 
-    def encode(self, values: Tensor, rows: Tensor, lost: Tensor, draws: random.Random) -> None:
-        power = (values.abs().amax(1, keepdim=True).view(torch.int32) & EXPONENT).view(torch.float32)  # infinite for NaN, too
-        scales = power.mul_(2.0**-14).clamp_(min=SMALLEST)  # the largest value becomes at most 2^15
-        scaled = values * scales.reciprocal()
-        codes = _codes(rows, torch.float16, values.shape[1]).copy_(scaled)
-        _scales(rows).copy_(scales)
-        torch.addcmul(values, scaled.copy_(codes), scales, value=-1, out=lost)
+    def columns(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return _scales(rows), rows[..., SCALE_BYTES:].view(torch.float16)
 
-    def decode(self, rows: Tensor, values: Tensor) -> None:
-        values.copy_(_codes(rows, torch.float16, values.shape[1])).mul_(_scales(rows))
+    def encode(self, values: Tensor, lost: Tensor, columns: Sequence[Tensor], draws: random.Random) -> None:
+        scales, codes = _fit(columns, values)
+        power = (_largest(values, lost).view(torch.int32) & EXPONENT).view(torch.float32)  # infinite for NaN, too
+        torch.clamp(power.mul_(2.0**-14), min=SMALLEST, out=scales)  # the largest value becomes at most 2^15
+        codes.copy_(torch.mul(values, scales.reciprocal(), out=lost))
+        torch.addcmul(values, lost.copy_(codes), scales, value=-1, out=lost)
+
+    def decode(self, columns: Sequence[Tensor], values: Tensor) -> None:
+        scales, codes = _fit(columns, values)
+        values.copy_(codes).mul_(scales)
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,16 @@ class BFloat16:
     def row_bytes(self) -> int:
         return 2 * self.block
 
-    def encode(self, values: Tensor, rows: Tensor, lost: Tensor, draws: random.Random) -> None:
-        clamped = values.clamp(-BFLOAT16_MAX, BFLOAT16_MAX).add_(values, alpha=0)  # what is infinite must show: it times 0 is NaN
-        codes = rows.view(torch.bfloat16)[:, : values.shape[1]].copy_(clamped)
-        torch.sub(values, clamped.copy_(codes), out=lost)
+    def columns(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return (rows.view(torch.bfloat16),)
 
-    def decode(self, rows: Tensor, values: Tensor) -> None:
-        values.copy_(rows.view(torch.bfloat16)[:, : values.shape[1]])
+    def encode(self, values: Tensor, lost: Tensor, columns: Sequence[Tensor], draws: random.Random) -> None:
+        (codes,) = _fit(columns, values)
+        torch.clamp(values, -BFLOAT16_MAX, BFLOAT16_MAX, out=lost).add_(values, alpha=0)  # infinity times 0 is NaN: it must show
+        torch.sub(values, lost.copy_(codes.copy_(lost)), out=lost)
+
+    def decode(self, columns: Sequence[Tensor], values: Tensor) -> None:
+        values.copy_(_fit(columns, values)[0])
 
 
 @dataclass(frozen=True)
@@ -75,20 +82,23 @@ class Int8:
     def row_bytes(self) -> int:
         return SCALE_BYTES + _up(self.block)
 
-    def encode(self, values: Tensor, rows: Tensor, lost: Tensor, draws: random.Random) -> None:
-        steps = values.abs().amax(1, keepdim=True).div_(LEVELS).clamp_(min=SMALLEST)
-        codes = torch.addcmul(_noise(values, draws), values, steps.reciprocal()).floor_()
-        _scales(rows).copy_(steps)
-        _codes(rows, torch.int8, values.shape[1]).copy_(codes)
-        torch.addcmul(values, codes, steps, value=-1, out=lost)
+    def columns(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return _scales(rows), rows[..., SCALE_BYTES:].view(torch.int8)
 
-    def decode(self, rows: Tensor, values: Tensor) -> None:
-        values.copy_(_codes(rows, torch.int8, values.shape[1])).mul_(_scales(rows))
+    def encode(self, values: Tensor, lost: Tensor, columns: Sequence[Tensor], draws: random.Random) -> None:
+        steps, codes = _fit(columns, values)
+        torch.clamp(_largest(values, lost).div_(LEVELS), min=SMALLEST, out=steps)
+        codes.copy_(torch.addcmul(_noise(values, draws), values, steps.reciprocal(), out=lost).floor_())
+        torch.addcmul(values, lost, steps, value=-1, out=lost)
+
+    def decode(self, columns: Sequence[Tensor], values: Tensor) -> None:
+        steps, codes = _fit(columns, values)
+        values.copy_(codes).mul_(steps)
 
 
 @dataclass(frozen=True)
 class OneBit:
-    """The sign, times the block's mean magnitude (scaled sign: Karimireddy et al. 2019; Seide et al. 2014 sent one bit first)."""
+    """The sign, times the block's mean magnitude (Karimireddy et al. 2019; Seide et al. 2014 sent one bit first)."""
 
     block: int
 
@@ -96,19 +106,24 @@ class OneBit:
     def row_bytes(self) -> int:
         return SCALE_BYTES + _up(-(-self.block // 8))
 
-    def encode(self, values: Tensor, rows: Tensor, lost: Tensor, draws: random.Random) -> None:
-        width = values.shape[1]
-        means = values.mul(1 / width).abs_().sum(1, keepdim=True)  # divided first: the sum may be too large for a float32
-        signs = values.view(torch.int32) & SIGN
-        bits = signs.new_zeros(len(rows), _up(width, 8), dtype=torch.bool) if width % 8 else torch.empty_like(signs, dtype=torch.bool)
-        bits[:, :width].copy_(signs)
-        _scales(rows).copy_(means)
-        _codes(rows, torch.uint8, bits.shape[1] // 8).copy_(pack(bits))
-        torch.sub(values, (signs | means.view(torch.int32)).view(torch.float32), out=lost)
+    def columns(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return _scales(rows), rows[..., SCALE_BYTES:]
 
-    def decode(self, rows: Tensor, values: Tensor) -> None:
+    def encode(self, values: Tensor, lost: Tensor, columns: Sequence[Tensor], draws: random.Random) -> None:
+        means, packed = columns
         width = values.shape[1]
-        values.copy_(unpack_signs(_codes(rows, torch.uint8, -(-width // 8)))[:, :width]).mul_(_scales(rows))
+        torch.mul(values, 1 / width, out=lost)  # before they are added: the sum may be too large for a float32
+        torch.sum(lost.abs_(), 1, keepdim=True, out=means)
+        signs = torch.bitwise_and(values.view(torch.int32), SIGN, out=lost.view(torch.int32))
+        bits = signs.bool() if width % 8 == 0 else torch.nn.functional.pad(signs.bool(), (0, -width % 8))
+        packed[:, : bits.shape[1] // 8] = pack(bits)
+        signs |= means.view(torch.int32)  # what they decode to
+        torch.sub(values, lost, out=lost)
+
+    def decode(self, columns: Sequence[Tensor], values: Tensor) -> None:
+        means, packed = columns
+        width = values.shape[1]
+        values.copy_(unpack_signs(packed[:, : -(-width // 8)])[:, :width]).mul_(means)
 
 
 def pack(bits: Tensor) -> Tensor:
@@ -147,12 +162,19 @@ def _noise_table(numel: int, device: torch.device) -> Tensor:
     return order.add(0.5).div(numel).to(device)
 
 
+def _largest(values: Tensor, scratch: Tensor) -> Tensor:
+    """The largest magnitude of each row, (blocks, 1); NaN where there is one."""
+    return torch.abs(values, out=scratch).amax(1, keepdim=True)
+
+
 def _scales(rows: Tensor) -> Tensor:
-    return rows[:, :SCALE_BYTES].view(torch.float32)  # (blocks, 1)
+    return rows[..., :SCALE_BYTES].view(torch.float32)  # (..., blocks, 1)
 
 
-def _codes(rows: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-    return rows[:, SCALE_BYTES:].view(dtype)[:, :width]
+def _fit(columns: Sequence[Tensor], values: Tensor) -> tuple[Tensor, ...]:
+    """Scales, if any, and as many codes as values: the last block and the end of a row may be shorter."""
+    *scales, codes = columns
+    return *scales, codes.narrow(1, 0, values.shape[1])
 
 
 def _up(number: int, multiple: int = SCALE_BYTES) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from horoyolo.compression.base import Bucket, Comm, Lossy
 
-CPU_PIECE = 1 << 16  # values handled at a time: what a codec makes of them on its way stays in a core's cache
+CPU_PIECE = 1 << 17  # values handled at a time: what a codec makes of them on its way stays in cache
 GPU_PIECE = 1 << 22  # here starting a kernel costs more than going to memory
 
 
@@ -32,11 +32,14 @@ class Codec(Protocol):
     @property
     def row_bytes(self) -> int: ...
 
-    def encode(self, values: Tensor, rows: Tensor, lost: Tensor, draws: random.Random) -> None:
-        """Write ``values`` (blocks, block or less) to ``rows`` (blocks, row_bytes) uint8, and to ``lost`` what decoding will miss of them."""
+    def columns(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Views of ``rows`` (..., blocks, row_bytes) uint8 in the types that they hold, each (..., blocks, its number in a row)."""
 
-    def decode(self, rows: Tensor, values: Tensor) -> None:
-        """Write to ``values`` (blocks, block or less) what ``rows`` hold."""
+    def encode(self, values: Tensor, lost: Tensor, columns: Sequence[Tensor], draws: random.Random) -> None:
+        """Write ``values`` (blocks, block or less) to ``columns``, and to ``lost`` what decoding will miss of them."""
+
+    def decode(self, columns: Sequence[Tensor], values: Tensor) -> None:
+        """Write to ``values`` (blocks, block or less) what ``columns`` hold."""
 
 
 class Scatter(Lossy):
@@ -53,13 +56,14 @@ class Scatter(Lossy):
         draws = random.Random(f"{self.update} {bucket.name} {rank}")  # a discarded update draws them again
         values, lost = _parts(bucket.flat, size, part_rows * codec.block), _parts(residual, size, part_rows * codec.block)
         others = [other for other in range(size) if other != rank]
-        rows = _new_rows(codec, len(others), part_rows, bucket.flat.device)
-        for other, encoded in zip(others, rows, strict=True):
-            for piece in pieces(codec.block, (values[other], lost[other]), (encoded,)):
-                codec.encode(piece[0], piece[2], piece[1], draws)
+        rows = _new_rows(codec, len(others) * part_rows, bucket.flat.device)
+        shape = torch.Size((len(others), part_rows, codec.row_bytes))
+        for other, encoded in zip(others, rows.view(shape), strict=True):
+            for (given, missed), columns in pieces(codec, (values[other], lost[other]), encoded):
+                codec.encode(given, missed, columns, draws)
         splits = [0 if other == rank else part_rows for other in range(size)]
-        handle = comm.alltoall_async(rows.flatten(0, 1), splits, f"{bucket.name}.parts")
-        return _Pending(codec, bucket, comm, values[rank], lost[rank], rows.shape, draws, handle)
+        handle = comm.alltoall_async(rows, splits, f"{bucket.name}.parts")
+        return _Pending(codec, bucket, comm, values[rank], lost[rank], shape, draws, handle)
 
 
 @dataclass
@@ -75,33 +79,35 @@ class _Pending:
 
     def proceed(self) -> None:
         received, _ = self.handle.wait()
-        rows = _new_rows(self.codec, 1, self.shape[1], self.total.device)[0]
-        for total, lost, encoded, *terms in pieces(self.codec.block, (self.total, self.lost), (rows, *received.view(self.shape))):
+        rows = _new_rows(self.codec, self.shape[1], self.total.device)
+        terms = pieces(self.codec, (self.total,), received.view(self.shape))
+        for (_, of_workers), ((total, lost), columns) in zip(terms, pieces(self.codec, (self.total, self.lost), rows), strict=True):
             term = torch.empty_like(total)
-            for of_worker in terms:
+            for of_worker in zip(*of_workers, strict=True):
                 self.codec.decode(of_worker, term)
                 total.add_(term)
-            self.codec.encode(total, encoded, lost, self.draws)
+            self.codec.encode(total, lost, columns, self.draws)
         self.handle = self.comm.allgather_async(rows, f"{self.bucket.name}.sums")
 
     def finish(self) -> int:
-        for values, rows in pieces(self.codec.block, (self.bucket.flat,), (self.handle.wait(),)):
-            self.codec.decode(rows, values)
+        for (values,), columns in pieces(self.codec, (self.bucket.flat,), self.handle.wait()):
+            self.codec.decode(columns, values)
         return 2 * self.shape.numel()
 
 
-def pieces(block: int, flats: Sequence[Tensor], tables: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """The same (blocks, block) of equally long ``flats``, and their rows of ``tables``, some blocks at a time.
+def pieces(codec: Codec, flats: Sequence[Tensor], rows: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """The same blocks of equally long ``flats`` as (blocks, block), and their columns of ``rows`` (..., blocks, row_bytes), some blocks at a time.
 
     A shorter block at the end comes alone, as (1, its length).
     """
-    numel, at_once = flats[0].numel(), max(1, piece_values(flats[0].device) // block)
-    whole = numel // block
+    block, numel, columns = codec.block, flats[0].numel(), codec.columns(rows)
+    whole, at_once = numel // block, max(1, piece_values(flats[0].device) // block)
     for first in range(0, whole, at_once):
-        last = min(first + at_once, whole)
-        yield *(flat[first * block : last * block].view(-1, block) for flat in flats), *(table[first:last] for table in tables)
+        count = min(at_once, whole - first)
+        views = [flat[first * block : (first + count) * block].view(count, block) for flat in flats]
+        yield views, [column.narrow(-2, first, count) for column in columns]
     if whole * block < numel:
-        yield *(flat[whole * block :].view(1, -1) for flat in flats), *(table[whole : whole + 1] for table in tables)
+        yield [flat[whole * block :].view(1, -1) for flat in flats], [column.narrow(-2, whole, 1) for column in columns]
 
 
 def piece_values(device: torch.device) -> int:
@@ -114,6 +120,6 @@ def _parts(flat: Tensor, size: int, part_values: int) -> list[Tensor]:
     return [flat[rank * part_values : (rank + 1) * part_values] for rank in range(size)]
 
 
-def _new_rows(codec: Codec, num_parts: int, part_rows: int, device: torch.device) -> Tensor:
+def _new_rows(codec: Codec, num_rows: int, device: torch.device) -> Tensor:
     """Zeros: rows and ends of rows without values are sent too."""
-    return torch.zeros(num_parts, part_rows, codec.row_bytes, dtype=torch.uint8, device=device)
+    return torch.zeros(num_rows, codec.row_bytes, dtype=torch.uint8, device=device)
