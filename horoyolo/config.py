@@ -73,13 +73,13 @@ class Comms:
     """How workers exchange gradients."""
 
     compression: str = "none"
-    warmup_updates: int = 20  # sent as they are before a lossy compression starts; topk reaches its ratio by then
+    warmup_updates: int = 20  # sent as they are before onebit or powersgd starts, or auto looks for the quickest; topk reaches its ratio by then
     int8_block: int = 1024  # values with a scale of their own
     onebit_block: int = 256
     topk_ratio: float = 0.01  # of the values sent
     powersgd_rank: int = 4
     bucket_mb: float = 25.0  # size of a gradient bucket in MB (10^6 bytes)
-    overlap: str = "auto"  # buckets leave while backward runs: yes, no; auto: on GPUs without sync_bn
+    overlap: str = "auto"  # buckets leave while backward runs: yes, no; auto: on GPUs, and on CPUs where measured to be quicker; not with sync_bn
     sync_bn: bool = False  # BatchNorm over the global batch
 
 
@@ -219,6 +219,10 @@ _AT_LEAST: dict[str, float] = {
     "optim.nominal_batch": 0,
     "optim.clip_norm": 0,
     "comms.bucket_mb": 0.001,
+    "comms.warmup_updates": 0,
+    "comms.int8_block": 8,
+    "comms.onebit_block": 8,
+    "comms.powersgd_rank": 1,
     "hyp.lr0": 0,
     "hyp.anchor_t": 1,
     "hyp.warmup_epochs": 0,
@@ -248,6 +252,8 @@ def validate(config: Config) -> None:
             raise InputError(f"{key} = {value_of(key)}; at least {least:g} is wanted")
     if config.img % 32:
         raise InputError(f"img = {config.img}; a multiple of 32, the largest stride, is wanted: {round(config.img / 32) * 32}")
+    if not 0 < config.comms.topk_ratio <= 1:
+        raise InputError(f"comms.topk_ratio = {config.comms.topk_ratio}; a share above 0 and up to 1 is wanted")
     for name in _PROBABILITIES:
         if not 0 <= getattr(config.hyp, name) <= 1:
             raise InputError(f"hyp.{name} = {getattr(config.hyp, name)}; a probability from 0 to 1 is wanted")

@@ -53,6 +53,8 @@ def train(dataset: Path, *words: object) -> list[object]:
         (["--weights", "absent.pt"], "absent.pt"),
         (["--hyp", "absent.yaml"], "absent.yaml"),
         (["--compression", "zip"], "none"),
+        (["--set", "comms.topk_ratio=0"], "above 0"),
+        (["--set", "comms.powersgd_rank=0"], "at least 1"),
         (["--precision", "fp8"], "fp32"),
         (["--device", "7"], "GPU"),
         (["--device", "tpu"], "cpu, cuda"),

@@ -136,21 +136,25 @@ def test_val_and_predict_take_the_weights(whole: Path, dataset: Path, tmp_path: 
     assert len(predictions) == len(list(source.iterdir()))
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_stopped_run_goes_on_where_it_was(dataset: Path, whole: Path, tmp_path: Path, num_workers: int) -> None:
-    """SIGTERM in the middle: exit 75 with a checkpoint; ``--resume auto`` goes on at the next image and ends as if nothing had been."""
-    argv = command(dataset, tmp_path, "run", num_workers, "--epochs", 4, "--resume", "auto")
+def stop_after(argv: list[str], folder: Path, num_steps: int) -> None:
+    """Starts a run and stops it with SIGTERM when it has taken ``num_steps`` steps; it ends with 75."""
     process = subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline_s = time.monotonic() + TIMEOUT_S
-    while not (tmp_path / "run" / "steps.csv").exists() or len(steps(tmp_path, "run")) < 4:
+    while not (folder / "steps.csv").exists() or len(steps(folder.parent, folder.name)) < num_steps:
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIMEOUT_S) == 75
     process.communicate()
-    stopped_after = len(steps(tmp_path, "run"))
-    assert 4 <= stopped_after < 12
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_stopped_run_goes_on_where_it_was(dataset: Path, whole: Path, tmp_path: Path, num_workers: int) -> None:
+    """SIGTERM in the middle: exit 75 with a checkpoint; ``--resume auto`` goes on at the next image and ends as if nothing had been."""
+    argv = command(dataset, tmp_path, "run", num_workers, "--epochs", 4, "--resume", "auto")
+    stop_after(argv, tmp_path / "run", num_steps=4)
+    assert 4 <= len(steps(tmp_path, "run")) < 12
 
     run(argv)
     resumed = steps(tmp_path, "run")
@@ -163,6 +167,30 @@ def test_a_stopped_run_goes_on_where_it_was(dataset: Path, whole: Path, tmp_path
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert "finished already" in run(argv)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("compression", ["int8", "powersgd"])
+def test_a_stopped_compressed_run_goes_on_with_the_same_bits(dataset: Path, tmp_path: Path, compression: str) -> None:
+    """Random numbers, factors and what each worker has not sent yet come back: resumed on as many workers, nothing tells that it was stopped."""
+    sets = [word for setting in ("comms.warmup_updates=1", "evaluate_every=3", "optim.nominal_batch=0") for word in ("--set", setting)]
+    words = ["--epochs", 3, "--compression", compression, *sets]
+    run(command(dataset, tmp_path, "whole", 2, *words))
+    argv = command(dataset, tmp_path, "stopped", 2, *words, "--resume", "auto")
+    stop_after(argv, tmp_path / "stopped", num_steps=3)
+    checkpoints = {path.name for path in (tmp_path / "stopped" / "checkpoints").glob("*.rank-*.pt")}
+    assert {name.partition(".")[2] for name in checkpoints} == {"rank-0-of-2.pt", "rank-1-of-2.pt"}
+    run(argv)
+    assert len(steps(tmp_path, "whole")) == 9
+    assert stable(steps(tmp_path, "stopped")) == stable(steps(tmp_path, "whole"))
+    final = [torch.load(tmp_path / name / "weights" / "last.pt", weights_only=True) for name in ("whole", "stopped")]
+    assert all(torch.equal(left, right) for left, right in zip(tensors(final[0]), tensors(final[1]), strict=True))
+
+
+def tensors(tree: object) -> list[torch.Tensor]:
+    """All tensors of nested dictionaries, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [tensor for value in tree.values() for tensor in tensors(value)] if isinstance(tree, dict) else []
 
 
 def test_resume_of_a_folder_takes_its_configuration_and_more_epochs(whole: Path, tmp_path: Path) -> None:
