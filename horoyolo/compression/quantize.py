@@ -33,7 +33,7 @@ class Float16:
 
     @property
     def row_bytes(self) -> int:
-        return SCALE_BYTES + 2 * self.block
+        return SCALE_BYTES + _up(2 * self.block)
 
     def columns(self, rows: Tensor) -> tuple[Tensor, ...]:
         return _scales(rows), rows[..., SCALE_BYTES:].view(torch.float16)

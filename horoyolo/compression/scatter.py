@@ -24,7 +24,8 @@ GPU_PIECE = 1 << 22  # here starting a kernel costs more than going to memory
 class Codec(Protocol):
     """Float32 values as bytes: each block of ``block`` values (the last one may be shorter) becomes a row of ``row_bytes`` bytes.
 
-    Where values are not finite, what they decode to is not finite either, at these or at other places of their block.
+    Where values are not finite, what they decode to is not finite either, at these or at other places of their block. Finite ones stay finite,
+    unless they are within 0.1 % of the largest float32.
     """
 
     @property
