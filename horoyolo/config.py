@@ -73,7 +73,7 @@ class Comms:
     """How workers exchange gradients."""
 
     compression: str = "none"
-    warmup_updates: int = 20  # sent as they are before onebit or powersgd starts, or auto looks for the quickest; topk reaches its ratio by then
+    warmup_updates: int = 10  # sent as they are before onebit or powersgd starts, or auto looks for the quickest; topk reaches its ratio by then
     int8_block: int = 1024  # values with a scale of their own
     onebit_block: int = 256
     topk_ratio: float = 0.01  # of the values sent

@@ -23,6 +23,7 @@ from horoyolo.compression.feedback import ErrorFeedback
 log = logging.getLogger("horoyolo")
 
 WORTH_TRYING = 1.5  # predicted tail against the shortest predicted one
+MOST_CHOICES = 6  # tried
 AS_QUICK = 1.02  # of choices within this of the quickest the most faithful is taken
 ROUNDS = 6  # trials of each choice; even, since updates of powersgd differ in turns
 LOOK_EVERY = 50  # updates between two looks at a settled choice
@@ -195,7 +196,8 @@ class Auto(Compressor):
             link, costs = probe_link(comm), self._probe_costs(comm)
             backward_s = statistics.median(self._backward_s) if self._backward_s else 0.0
             predicted = {choice: predicted_tail_s(choice, costs[choice.entry], link, backward_s) for choice in self._all}
-            choices = [choice for choice in self._all if predicted[choice] <= WORTH_TRYING * min(predicted.values())]
+            worth_trying = sorted((choice for choice in self._all if predicted[choice] <= WORTH_TRYING * min(predicted.values())), key=predicted.__getitem__)
+            choices = [choice for choice in self._all if choice in worth_trying[:MOST_CHOICES]]
             log.info(
                 "compression: backward %.0f ms, link %.1f MB/s and %.2f ms; predicted %s",
                 backward_s * 1e3,
