@@ -196,8 +196,9 @@ class Auto(Compressor):
             link, costs = probe_link(comm), self._probe_costs(comm)
             backward_s = statistics.median(self._backward_s) if self._backward_s else 0.0
             predicted = {choice: predicted_tail_s(choice, costs[choice.entry], link, backward_s) for choice in self._all}
-            worth_trying = sorted((choice for choice in self._all if predicted[choice] <= WORTH_TRYING * min(predicted.values())), key=predicted.__getitem__)
-            choices = [choice for choice in self._all if choice in worth_trying[:MOST_CHOICES]]
+            in_order = sorted(self._all, key=predicted.__getitem__)
+            worth_trying = [choice for choice in in_order if predicted[choice] <= WORTH_TRYING * predicted[in_order[0]]][:MOST_CHOICES]
+            choices = [choice for choice in self._all if choice in worth_trying]
             log.info(
                 "compression: backward %.0f ms, link %.1f MB/s and %.2f ms; predicted %s",
                 backward_s * 1e3,
@@ -272,7 +273,10 @@ def _allreduce_s(comm: Comm, numel: int) -> float:
 
 
 def measure_cost(lossy: Lossy, buckets: list[Bucket], comm: Comm) -> Cost:
-    """The time and the bytes of an update of copies of these buckets, with a ``comm`` that takes no time: two after the first: the quicker time, the mean bytes."""
+    """The time and the bytes of an update of copies of these buckets, with a ``comm`` that takes no time.
+
+    Of two updates after the first: the quicker time, the mean bytes.
+    """
     copies = [_Copy(bucket) for bucket in buckets]
     residuals = [torch.empty_like(bucket.flat) for bucket in buckets]
     times_s, wire_bytes = [], []
