@@ -124,7 +124,7 @@ def test_prediction_follows_the_model():
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 3, 5])
 def test_measured_costs_are_those_of_a_real_update(name, size):
     """Without a network the bytes are what an update of equal workers sends, and the gradients are left alone."""
     buckets = buckets_of([(40, 30), (50,)])
