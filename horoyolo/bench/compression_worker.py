@@ -100,7 +100,9 @@ def gradient_errors(rows: list[Row], stepper: Stepper, comm: Comm) -> dict[str, 
     stepper.exchange = None
     stepper.step()
     own = {name: param.grad.clone() for name, param in stepper.model.named_parameters() if param.grad is not None}
-    true = {name: comm.allreduce(grad.clone(memory_format=torch.contiguous_format), name=f"true.{name}") for name, grad in own.items()}
+    flat = comm.allreduce(torch.cat([grad.flatten() for grad in own.values()]), name="true")
+    parts = flat.split([grad.numel() for grad in own.values()])
+    true = {name: part.view(own[name].shape) for name, part in zip(own, parts, strict=True)}
     errors: dict[Comms, dict[str, float]] = {}  # when buckets leave makes no difference
     for row in rows:
         if row.comms in errors:

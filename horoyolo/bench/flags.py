@@ -7,6 +7,7 @@ import argparse
 from horoyolo.launch.flags import describe_hosts
 
 LAUNCHERS = ("horovodrun", "mpirun")
+LAYOUTS = ("channels_last", "NCHW")
 SIZES = [4**power for power in range(1, 14)]  # 4 B to 64 MiB
 PEERS = ("stock", "stock-fp16", "ddp", "ddp-nchw", "ddp-fp16", "ddp-fp16-nchw", "ddp-powersgd")
 
@@ -25,6 +26,7 @@ def describe_scaling(parser: argparse.ArgumentParser) -> None:
     _describe_repeats(parser)
     _describe_precision(parser)
     _describe_launchers(parser, [*LAUNCHERS])
+    parser.add_argument("--layouts", nargs="+", default=[*LAYOUTS], choices=LAYOUTS, help="of images and weights in memory")
     parser.add_argument("--peer", default="", metavar="SCRIPT", help="stock Horovod's worker to run beside ours: scripts/peers/stock_horovod.py")
 
 

@@ -24,7 +24,8 @@ def plot_allreduce(variants: dict[str, Any], path: str) -> None:
     for axes, unit in ((time_axes, "milliseconds"), (rate_axes, "MB/s sent by each worker")):
         axes.set_xscale("log", base=4)
         axes.set_yscale("log")
-        axes.set_xlabel("bytes summed")
+        axes.set_xticks(sizes, [_size(size) for size in sizes], rotation=45)
+        axes.set_xlabel("size of what is summed")
         axes.set_ylabel(unit)
         axes.grid(alpha=0.3)
         axes.legend(framealpha=0.9)
@@ -34,7 +35,7 @@ def plot_allreduce(variants: dict[str, Any], path: str) -> None:
 def plot_compression(links: dict[str, Any], path: str) -> None:
     """A bar a row for each link: the step's time, with the parts that the exchange takes of it."""
     num_rows = max(len(link["rows"]) for link in links.values())
-    figure = Figure(figsize=(6 * len(links) + 2, 0.32 * num_rows + 1.6), layout="constrained")
+    figure = Figure(figsize=(max(6 * len(links), 8) + 2, 0.32 * num_rows + 2), layout="constrained")
     for axes, (label, link) in zip(figure.subplots(1, len(links), squeeze=False)[0], links.items(), strict=True):
         names = list(link["rows"])
         for place, row in enumerate(link["rows"].values()):
@@ -51,11 +52,19 @@ def plot_compression(links: dict[str, Any], path: str) -> None:
         axes.set_title("link as it is" if link["rate"] == "0" else f"link {label}" + (f", {link['rate']}" if label != link["rate"] else ""))
         axes.set_xlabel("milliseconds a step")
         axes.grid(axis="x", alpha=0.3)
-    keys = [("tab:gray", "the rest of the step"), *((f"C{number}", words) for number, words in enumerate(PARTS.values()))]
+    keys = [("tab:gray", "the rest of the step (of a peer: all of it)"), *((f"C{number}", words) for number, words in enumerate(PARTS.values()))]
     for colour, words in keys:
         axes.barh(0, 0, color=colour, label=words)
-    axes.legend(framealpha=0.9, loc="lower right")
+    figure.legend(loc="outside lower center", ncols=len(keys))
     _save(figure, path)
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:g} MiB"
 
 
 def _save(figure: Figure, path: str) -> None:

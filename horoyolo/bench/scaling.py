@@ -14,14 +14,13 @@ from horoyolo.bench.processes import SHORT, Place, chosen_place, launched, order
 from horoyolo.bench.step import table, variant_name
 from horoyolo.launch.job import Job
 
-LAYOUTS = ("channels_last", "NCHW")
-
 
 def bench_scaling(parsed: argparse.Namespace) -> dict[str, Any]:
     """Runs every variant in turn, ``repeats`` times over; prints the table, writes the JSON and gives what it holds."""
     place = chosen_place(parsed)
-    channels_last, nchw = (variant_name(parsed.precision, layout) for layout in LAYOUTS)
-    variants = (channels_last, nchw)
+    variants = [variant_name(parsed.precision, layout) for layout in parsed.layouts]
+    nchw = variant_name(parsed.precision, "NCHW")
+    has_peer = bool(parsed.peer) and nchw in variants  # which knows no other layout
     runs: dict[str, Callable[[], float]] = {}
     for variant in variants:
         runs[f"{variant}, no exchange"] = partial(plain_step_s, place, worker_argv(parsed, variant, "--alone"))
@@ -30,7 +29,7 @@ def bench_scaling(parsed: argparse.Namespace) -> dict[str, Any]:
     for launcher in parsed.launchers:
         for variant in variants:
             runs[f"{variant}, {SHORT[launcher]}"] = partial(launched_step_s, place, place.job(worker_argv(parsed, variant)), launcher)
-        if parsed.peer:
+        if has_peer:
             peer = place.job([sys.executable, parsed.peer, *size_words(parsed), "--precision", nchw.split()[0]], peer=True)
             runs[f"{nchw}, {SHORT[launcher]}, stock optimizer"] = partial(launched_step_s, place, peer, launcher)
 
@@ -49,7 +48,7 @@ def bench_scaling(parsed: argparse.Namespace) -> dict[str, Any]:
             ratio = paired_ratio(medians[name], medians[f"{variant}, raw socket"])
             result[name]["rate_against_raw_socket"] = ratio
             print(f"{name}: {ratio:.3f} of the rate against raw socket")
-        if parsed.peer:
+        if has_peer:
             name = f"{nchw}, {SHORT[launcher]}"
             ratio = paired_ratio(medians[name], medians[f"{name}, stock optimizer"])
             result[name]["rate_against_stock"] = ratio

@@ -123,7 +123,7 @@ def bench_step(parsed: argparse.Namespace) -> dict[str, Any]:
 def table(medians: dict[str, list[float]], images: int, baseline: str) -> dict[str, Any]:
     """Prints and gives each variant's median of medians, its spread and its rate against the baseline, paired repeat by repeat."""
     result: dict[str, Any] = {}
-    print(f"{'':34}{'ms a step':>10}{'min':>8}{'max':>8}{'images/s':>10}{'against ' + baseline:>26}")
+    print(f"{'':34}{'ms a step':>10}{'min':>8}{'max':>8}{'images/s':>10}{'  against ' + baseline:>26}")
     for name, values in medians.items():
         ratio = paired_ratio(values, medians[baseline])
         result[name] = {**spread(values), "rate_ratio": ratio}

@@ -20,6 +20,9 @@ from horoyolo.bench.talk import Starter, report
 from horoyolo.engine.device import Numerics
 
 START_POWERSGD = 2  # the first iteration that DDP allows
+# One bucket for all: its hook begins the second round of a bucket from another thread than the next bucket's first, and Gloo, which pairs
+# collectives by their order, then meets different ones on different processes and aborts.
+POWERSGD_BUCKET_MB = 1000
 
 
 def main() -> None:
@@ -40,7 +43,8 @@ def main() -> None:
     join_group(starter, parsed.nic)
     numerics = Numerics(torch.device("cpu"), *VARIANTS[variant_name(parsed.precision, parsed.layout)])
     stepper = Stepper(numerics, parsed.cfg, parsed.img, parsed.batch, seed=starter.rank)
-    model = DistributedDataParallel(stepper.model, gradient_as_bucket_view=True)
+    bucket_mb = POWERSGD_BUCKET_MB if parsed.hook == "powersgd" else None
+    model = DistributedDataParallel(stepper.model, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
     if parsed.hook == "fp16":
         model.register_comm_hook(None, default_hooks.fp16_compress_hook)
     elif parsed.hook == "powersgd":

@@ -4,37 +4,117 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from horoyolo import cli
 from horoyolo.bench.step import VARIANTS
+from horoyolo.compression.build import COMPRESSORS
 
-SMALL = ["--cfg", "yolov5n", "--img", "64", "--batch", "2", "--steps", "2", "--repeats", "2"]
+SMALL = ["--cfg", "yolov5n", "--img", "64", "--batch", "2"]
+SMALLEST = ["--cfg", "yolov5n", "--img", "32", "--batch", "2"]
+PEERS = Path(__file__).parents[2] / "scripts" / "peers"
+
+
+def run(tmp_path: Path, *words: str) -> dict[str, Any]:
+    """What a bench wrote as JSON."""
+    path = tmp_path / "report.json"
+    assert cli.main(["bench", *words, "--json", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+def check_spread(figures: dict[str, Any], repeats: int) -> None:
+    assert 0 < figures["min_s"] <= figures["median_s"] <= figures["max_s"]
+    assert len(figures["repeats_s"]) == repeats
+
+
+def is_picture(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_step_reports_every_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "step", *SMALL, "--device", "cpu", "--json", str(tmp_path / "step.json")]) == 0
-    report = json.loads((tmp_path / "step.json").read_text())
+    report = run(tmp_path, "step", *SMALL, "--steps", "2", "--repeats", "2", "--device", "cpu")
+    printed = capsys.readouterr().out
     assert list(report["variants"]) == list(VARIANTS)
     assert report["variants"]["fp32 NCHW"]["rate_ratio"] == 1
     for name, figures in report["variants"].items():
-        assert 0 < figures["min_s"] <= figures["median_s"] <= figures["max_s"]
-        assert len(figures["repeats_s"]) == 2
-        assert name in capsys.readouterr().out or name != "fp32 NCHW"
+        check_spread(figures, 2)
+        assert name in printed
 
 
-def test_scaling_compares_workers_with_plain_processes(tmp_path: Path) -> None:
-    peer = Path(__file__).parents[2] / "scripts" / "peers" / "stock_horovod.py"
-    words = [*SMALL, "-np", "2", "--launchers", "horovodrun", "--peer", str(peer), "--json", str(tmp_path / "scaling.json")]
-    words[words.index("--repeats") + 1] = "1"
-    assert cli.main(["bench", "scaling", *words]) == 0
-    report = json.loads((tmp_path / "scaling.json").read_text())
+def test_scaling_compares_workers_with_plain_processes_and_raw_sockets(tmp_path: Path) -> None:
+    sizes = [*SMALLEST, "--steps", "2", "--repeats", "1", "--precision", "fp32", "--layouts", "NCHW"]
+    report = run(tmp_path, "scaling", *sizes, "-np", "2", "--launchers", "horovodrun", "--peer", str(PEERS / "stock_horovod.py"))
     assert set(report["variants"]) == {
-        "bf16 channels_last, no exchange",
-        "bf16 NCHW, no exchange",
-        "bf16 channels_last, Gloo",
-        "bf16 NCHW, Gloo",
-        "bf16 NCHW, Gloo, stock optimizer",
+        "fp32 NCHW, no exchange",
+        "fp32 NCHW, raw socket",
+        "fp32 NCHW, Gloo",
+        "fp32 NCHW, Gloo, stock optimizer",
     }
-    assert report["variants"]["bf16 NCHW, Gloo"]["rate_against_stock"] > 0
+    assert report["variants"]["fp32 NCHW, Gloo"]["rate_against_raw_socket"] > 0
+    assert report["variants"]["fp32 NCHW, Gloo"]["rate_against_stock"] > 0
+
+
+def test_allreduce_compares_sums_by_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "plot.png"
+    report = run(tmp_path, "allreduce", "-np", "2", "--sizes", "4", "65536", "--repeats", "1", "--plot", str(plot))
+    printed = capsys.readouterr().out
+    assert list(report["variants"]) == ["horoyolo, Gloo", "stock Horovod, Gloo", "plain sockets"]
+    for name, of_run in report["variants"].items():
+        assert name in printed
+        assert list(of_run) == ["4", "65536"]
+        for size, figures in of_run.items():
+            check_spread(figures, 1)
+            assert figures["bytes_per_s"] == pytest.approx(int(size) / figures["median_s"])
+    assert report["variants"]["plain sockets"]["4"]["rate_against_sockets"] == 1
+    assert is_picture(plot)
+
+
+def test_compression_reports_every_entry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "plot.png"
+    report = run(tmp_path, "compression", *SMALLEST, "-np", "2", "--steps", "1", "--repeats", "1", "--plot", str(plot))
+    printed = capsys.readouterr().out
+    (link,) = report["links"].values()
+    assert list(link["rows"]) == [name for entry in COMPRESSORS for name in (entry, f"{entry}, overlapped")]
+    assert link["plain"] in ("none", "none, overlapped")
+    for name, row in link["rows"].items():
+        assert name in printed
+        check_spread(row, 1)
+        assert min(row["encode_s"], row["wait_s"], row["decode_s"]) >= 0
+        assert row["interface_bytes"] == 0  # one host
+    none = link["rows"]["none"]
+    assert none["error"] == 0
+    assert none["error_with_feedback"] < 1e-6  # the mean is rounded
+    for name, row in link["rows"].items():
+        if not name.startswith("none"):
+            assert row["wire_bytes"] < 0.6 * none["wire_bytes"]
+            assert 0 < row["error_with_feedback"] < row["error"]
+    assert is_picture(plot)
+
+
+def test_compression_runs_peers_in_the_same_repeats(tmp_path: Path) -> None:
+    words = ["-np", "2", "--steps", "1", "--repeats", "1", "--overlap", "no", "--entries", "none", "powersgd:powersgd_rank=2"]
+    report = run(tmp_path, "compression", *SMALLEST, *words, "--peers", "stock-fp16", "ddp-powersgd")
+    rows = report["links"]["0"]["rows"]
+    ours, peers = ["none", "powersgd:powersgd_rank=2"], ["stock Horovod fp16, NCHW", "DDP powersgd rank 2, NCHW"]
+    assert list(rows) == [*ours, *peers]
+    for row in rows.values():
+        check_spread(row, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["compression", "--entries", "zip"], "known are none"),
+        (["compression", "--entries", "topk:topk_ration=0.1"], "topk_ratio"),
+        (["compression", "--entries", "topk:0.1"], "NAME:KEY=VALUE"),
+        (["compression", "--links", "fast"], "200mbit"),
+        (["compression", "--links", "50mbit"], "between hosts"),
+        (["compression", "--link-ratio", "4"], "between hosts"),
+        (["allreduce", "-np", "1"], "at least two"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_starts(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *words]) == 2
+    assert told in capsys.readouterr().err
