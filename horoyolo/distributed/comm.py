@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -18,6 +19,7 @@ from torch import Tensor
 from horoyolo.config import InputError
 
 Op = Literal["sum", "max"]
+YIELD_S, REST_S = 0.05, 0.001  # how long to wait for a collective without sleep, and a sleep then
 REDUCIBLE = (torch.float32, torch.float64, torch.float16, torch.int32, torch.int64)
 
 
@@ -225,7 +227,17 @@ class HorovodComm(Comm):
         self._hvd.shutdown()
 
     def _handle(self, handle: int, finish: Callable[[Any], Any]) -> Handle:
-        return _HorovodHandle(lambda: finish(self._hvd.synchronize(handle)))
+        def wait() -> Any:
+            # Horovod's own wait yields its core in a loop as long as it takes: on a slow link that keeps a core from others for seconds.
+            rest_from_s = time.perf_counter() + YIELD_S
+            while not self._hvd.poll(handle):
+                if time.perf_counter() < rest_from_s:
+                    os.sched_yield()
+                else:
+                    time.sleep(REST_S)
+            return finish(self._hvd.synchronize(handle))
+
+        return _HorovodHandle(wait)
 
 
 class _HorovodHandle:
