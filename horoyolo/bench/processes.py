@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import queue
@@ -34,7 +33,9 @@ from horoyolo.launch.start import chosen_ssh, named_hosts
 
 LIMIT_S = 3600.0  # a job on a slow link takes long; one that hangs is not to hang for ever
 GRACE_S = 15.0  # horovodrun itself takes up to 10 s to end its workers
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+# Has the kernel end a program by SIGTERM when the bench is killed; launchers then end their workers. A program and not a preexec_fn, since that
+# one makes Python fork in a way that swallows a Ctrl-C which comes at the same time. (1 is PR_SET_PDEATHSIG, 15 SIGTERM.)
+END_WITH_BENCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[2:])"
 SHORT = {"horovodrun": "Gloo", "mpirun": "MPI"}  # launcher -> what its workers talk by
 PEERS = Path(horoyolo.__file__).parents[1] / "scripts" / "peers"
 
@@ -114,7 +115,8 @@ def launched(job: Job, hosts: Sequence[Host], launcher: str) -> Any:
     with tempfile.TemporaryFile("w+") as errors:
         folder = launcher_folder(hosts, launcher)
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
-        process = subprocess.Popen(argv, executable=program, env=env, cwd=folder, start_new_session=True, preexec_fn=_end_with_bench, **pipes)
+        words = [sys.executable, "-I", "-S", "-c", END_WITH_BENCH, program, *argv]
+        process = subprocess.Popen(words, env=env, cwd=folder, start_new_session=True, **pipes)
         try:
             output, _ = process.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -208,11 +210,6 @@ def _round(processes: Sequence[_Process], listener: queue.SimpleQueue) -> list[t
         else:
             said[rank] = words
     return [said[rank] for rank in range(len(processes))]
-
-
-def _end_with_bench() -> None:
-    """Run in a new process: the kernel tells it to end when the bench is killed. Launchers then end their workers."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen) -> None:
