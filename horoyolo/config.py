@@ -78,7 +78,7 @@ class Comms:
     onebit_block: int = 256
     topk_ratio: float = 0.01  # of the values sent
     powersgd_rank: int = 4
-    bucket_mb: float = 25.0  # size of a gradient bucket in MB (10^6 bytes)
+    bucket_mb: float = 6.0  # size of a gradient bucket in MB (10^6 bytes): small enough that the first leaves early
     overlap: str = "auto"  # buckets leave while backward runs: yes, no; auto: on GPUs, and on CPUs where measured to be quicker; not with sync_bn
     sync_bn: bool = False  # BatchNorm over the global batch
 
