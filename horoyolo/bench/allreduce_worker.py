@@ -27,7 +27,7 @@ def sum_by_comm(sizes: list[int]) -> None:
 
     from horoyolo.config import Config
     from horoyolo.distributed.comm import open_comm
-    from horoyolo.engine.start import cycle_time_ms
+    from horoyolo.engine.device import cycle_time_ms
 
     torch.set_num_threads(1)
     comm = open_comm(cycle_time_ms(Config(device="cpu")))

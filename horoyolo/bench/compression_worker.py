@@ -19,8 +19,7 @@ from horoyolo.compression.build import AUTO, build_compressor
 from horoyolo.config import Comms, Config
 from horoyolo.distributed.comm import Comm, broadcast_tensors, open_comm
 from horoyolo.distributed.exchange import Exchange
-from horoyolo.engine.device import Numerics
-from horoyolo.engine.start import cycle_time_ms
+from horoyolo.engine.device import Numerics, cycle_time_ms
 
 AUTO_STEPS = 50  # in which auto must have made its choice
 FEEDBACK_UPDATES = 10  # over which the mean of sums is compared

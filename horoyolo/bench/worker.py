@@ -20,8 +20,7 @@ from horoyolo.config import Comms, Config
 from horoyolo.distributed.comm import open_comm
 from horoyolo.distributed.exchange import Exchange
 from horoyolo.engine.build import overlaps
-from horoyolo.engine.device import Numerics
-from horoyolo.engine.start import cycle_time_ms
+from horoyolo.engine.device import Numerics, cycle_time_ms
 
 
 class SocketExchange:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from horoyolo.config import InputError
+from horoyolo.config import Config, InputError
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ def numerics_for(device: torch.device, precision: str) -> Numerics:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     layout = torch.contiguous_format if on_gpu and dtype == torch.float32 else torch.channels_last
     return Numerics(device, dtype, layout)
+
+
+def cycle_time_ms(config: Config) -> float:
+    """How often Horovod looks for work: at once for a synchronised BatchNorm and for GPUs, rarely where that takes time from computing cores."""
+    on_gpu = torch.cuda.is_available() and config.device.lower() != "cpu"
+    return 1.0 if config.comms.sync_bn or on_gpu else 5.0
 
 
 def _has_bf16(device: torch.device) -> bool:

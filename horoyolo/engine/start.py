@@ -16,7 +16,7 @@ from horoyolo.data.scan import scan_split
 from horoyolo.data.spec import load_data_spec
 from horoyolo.distributed.comm import Comm, open_comm
 from horoyolo.engine.build import build_model_for, build_training
-from horoyolo.engine.device import numerics_for, pick_device
+from horoyolo.engine.device import cycle_time_ms, numerics_for, pick_device
 from horoyolo.engine.runs import open_run
 from horoyolo.engine.stop import stop_on_signals
 from horoyolo.engine.train import train
@@ -63,12 +63,6 @@ def start_training(config: Config, on_ready: Callable[[], None]) -> bool:
     comm.barrier()  # nobody leaves while rank 0 still writes: a launcher takes the first exit for the end
     comm.close()
     return finished
-
-
-def cycle_time_ms(config: Config) -> float:
-    """How often Horovod looks for work: at once for a synchronised BatchNorm and for GPUs, rarely where that takes time from computing cores."""
-    on_gpu = torch.cuda.is_available() and config.device.lower() != "cpu"
-    return 1.0 if config.comms.sync_bn or on_gpu else 5.0
 
 
 def once_per_host(comm: Comm, scan: Callable[[], T]) -> T:
