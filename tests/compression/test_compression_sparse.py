@@ -46,11 +46,11 @@ def test_a_position_costs_about_a_byte(ratio, most_bytes):
 
 
 def test_halves_are_bfloat16_and_never_larger_than_the_value():
-    values = torch.randn(1000) * 10 ** torch.linspace(-37, 37, 1000)
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 10 ** torch.linspace(-37, 37, 1000)
     halves = upper_half(values)
     assert torch.equal(halves, halves.to(torch.bfloat16).float())
     assert (halves.abs() <= values.abs()).all()
-    assert ((values - halves).abs() <= values.abs() / 128).all()
+    assert ((values - halves).abs() <= values.abs() / 128 + 2.0**-133).all()  # the step of numbers too small to be normal
     assert torch.equal(upper_half(halves), halves)
 
 
