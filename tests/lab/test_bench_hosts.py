@@ -42,11 +42,7 @@ def test_whatever_ends_a_bench_leaves_links_as_they_were_and_no_worker(lab: Lab)
         with lab.popen("node1", argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             wait_until(lambda: all("tbf" in shape_of(lab, host) for host in HOSTS), process)
             process.send_signal(end)
-            try:
-                process.communicate(timeout=30)
-            except subprocess.TimeoutExpired:  # Python loses an exception that a signal raises in the wrong moment: as a user would, once more
-                process.send_signal(end)
-                process.communicate(timeout=30)
+            process.communicate(timeout=60)
         wait_until(lambda: not any("tbf" in shape_of(lab, host) for host in HOSTS), timeout_s=20)
         wait_until(lambda: {host: lab.processes(host) for host in HOSTS} == before, timeout_s=20)
 
