@@ -28,11 +28,11 @@ from horoyolo.launch.hosts import Host, local_hosts, take_slots
 from horoyolo.launch.interface import interface_to
 from horoyolo.launch.job import Job, all_local
 from horoyolo.launch.remote import LaunchError, Ssh, is_local, ssh_argv
+from horoyolo.launch.run import end_process
 from horoyolo.launch.session import ssh_to
 from horoyolo.launch.start import chosen_ssh, named_hosts
 
 LIMIT_S = 3600.0  # a job on a slow link takes long; one that hangs is not to hang for ever
-GRACE_S = 15.0  # horovodrun itself takes up to 10 s to end its workers
 # Has the kernel end a program by SIGTERM when the bench is killed; launchers then end their workers. A program and not a preexec_fn, since that
 # one makes Python fork in a way that swallows a Ctrl-C which comes at the same time. (1 is PR_SET_PDEATHSIG, 15 SIGTERM.)
 END_WITH_BENCH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[2:])"
@@ -122,7 +122,7 @@ def launched(job: Job, hosts: Sequence[Host], launcher: str) -> Any:
         except subprocess.TimeoutExpired:
             raise LaunchError(f"{' '.join(job.argv)}: not done after {LIMIT_S:.0f} s:\n{_tail(errors)}") from None
         finally:
-            _end(process)
+            end_process(process)
         said = [words for words in map(talk.heard, output.splitlines()) if words]
         if not said:
             raise LaunchError(f"{' '.join(job.argv)} reported nothing and ended with {process.returncode}:\n{_tail(errors)}")
@@ -172,7 +172,7 @@ class _Process:
         with contextlib.suppress(BrokenPipeError):
             assert self._process.stdin is not None
             self._process.stdin.close()  # it ends by itself: also the one on another host, which no signal reaches
-        _end(self._process)
+        end_process(self._process)
         self._errors.close()
 
     def tell(self, value: Any) -> None:
@@ -210,16 +210,6 @@ def _round(processes: Sequence[_Process], listener: queue.SimpleQueue) -> list[t
         else:
             said[rank] = words
     return [said[rank] for rank in range(len(processes))]
-
-
-def _end(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        process.terminate()
-    try:
-        process.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _tail(errors: IO[str]) -> str:

@@ -220,20 +220,21 @@ def _attend(process: subprocess.Popen, agents: _Agents, signals: _SignalLog) -> 
     while process.poll() is None:
         if signals.insisted:
             agents.end()
-            _end(process)
+            end_process(process)
         elif agents.lost:
             print(f"horoyolo: lost {', '.join(agents.lost)}: ending the job", file=sys.stderr)
-            _end(process)
+            end_process(process)
         elif signals.first is not None and not told:
             told = True
             agents.tell(f"{agent.SIGNAL} {signals.first}")
             if not agents.num_workers:
-                _end(process)  # no worker has come far enough to have something to save
+                end_process(process)  # no worker has come far enough to have something to save
         else:
             agents.listen(POLL_S)
 
 
-def _end(process: subprocess.Popen) -> None:
+def end_process(process: subprocess.Popen) -> None:
+    """Ends a program that was started from here, by force where it takes too long; one that has ended is left alone."""
     process.terminate()
     try:
         process.wait(GRACE_S)
