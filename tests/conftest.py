@@ -27,6 +27,13 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _take_interrupts() -> None:
+    """A shell starts what it puts in the background deaf to SIGINT, and so would be every program that a test starts and then interrupts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Sums in a fixed order, and no test that starts several processes floods the machine."""
     torch.set_num_threads(1)
