@@ -73,6 +73,7 @@ class Flag:
     key: str
     help: str
     switch: bool = False  # takes no value
+    means: Any = True  # what a switch sets
     optional: str | None = None  # what the flag means without a value
 
 
@@ -96,11 +97,16 @@ TRAIN_FLAGS = (
     Flag(("--optimizer",), "optim.optimizer", "sgd or adamw"),
     Flag(("--cos-lr",), "optim.cos_lr", "cosine instead of linear decay", switch=True),
     Flag(("--label-smoothing",), "hyp.label_smoothing", "0 to 1"),
+    Flag(("--sampling",), "input.sampling", "uniform, or draw rare classes (classes) or rare and badly found ones (images) more often"),
+    Flag(("--image-weights",), "input.sampling", "the same as --sampling images", switch=True, means="images"),
+    Flag(("--rect",), "input.rect", "rectangular batches of images of like aspect, without mosaic", switch=True),
+    Flag(("--multi-scale",), "input.multi_scale", "each global batch at a size from half to one and a half of --img", switch=True),
+    Flag(("--close-mosaic",), "input.close_mosaic", "last epochs without mosaic and mixup"),
 )
 
 # Flags of YOLOv5 and of later versions that a user may bring along.
 NOT_YET = (
-    *("--rect", "--nosave", "--noval", "--noautoanchor", "--noplots", "--evolve", "--bucket", "--cache", "--image-weights", "--multi-scale"),
+    *("--nosave", "--noval", "--noautoanchor", "--noplots", "--evolve", "--bucket", "--cache"),
     *("--single-cls", "--quad", "--patience", "--freeze", "--save-period", "--entity", "--elastic", "--pipeline-stages"),
     *("--min-np", "--max-np"),
 )
@@ -138,7 +144,7 @@ def _describe_train(parser: _Parser) -> None:
     for flag in TRAIN_FLAGS:
         options: dict[str, Any] = {"dest": flag.key, "help": flag.help, "default": argparse.SUPPRESS}
         if flag.switch:
-            options["action"] = "store_true"
+            options |= {"action": "store_const", "const": flag.means}
         elif flag.optional:
             options |= {"nargs": "?", "const": flag.optional}
         parser.add_argument(*flag.names, **options)

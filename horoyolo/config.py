@@ -57,6 +57,16 @@ class Hyper:
 
 
 @dataclass(frozen=True)
+class Input:
+    """How images are chosen, kept and changed on their way to the network, beside the hyper-parameters."""
+
+    sampling: str = "uniform"  # each image once an epoch; classes: rare classes more often; images: rare and badly found ones more often
+    rect: bool = False  # batches of images of like aspect, as rectangles; mosaic and mixup are off
+    multi_scale: bool = False  # each global batch at a size from half to one and a half of img
+    close_mosaic: int = 0  # last epochs without mosaic and mixup
+
+
+@dataclass(frozen=True)
 class Optim:
     """How gradients become new weights."""
 
@@ -104,6 +114,7 @@ class Config:
     evaluate_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
     keep_checkpoints: int = 2
     hyp: Hyper = field(default_factory=Hyper)
+    input: Input = field(default_factory=Input)
     optim: Optim = field(default_factory=Optim)
     comms: Comms = field(default_factory=Comms)
 
@@ -206,6 +217,7 @@ def load(path: str | Path) -> Config:
 _CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optim.optimizer": ("sgd", "adamw"),
+    "input.sampling": ("uniform", "classes", "images"),
     "comms.overlap": ("auto", "yes", "no"),
 }
 _AT_LEAST: dict[str, float] = {
@@ -216,6 +228,7 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "evaluate_every": 1,
     "keep_checkpoints": 1,
+    "input.close_mosaic": 0,
     "optim.nominal_batch": 0,
     "optim.clip_norm": 0,
     "comms.bucket_mb": 0.001,

@@ -60,38 +60,44 @@ def scaled_hw(hw: tuple[int, int], gain: float) -> tuple[int, int]:
     return max(round(hw[0] * gain), 1), max(round(hw[1] * gain), 1)
 
 
-def mosaic(tiles: Sequence[Tile], size: int, rng: np.random.Generator, geometry: Geometry) -> Labelled:
-    """Four images around a random point of a canvas twice the output's size, of which a random transformation shows the middle.
+def mosaic(tiles: Sequence[Tile], size: int, rng: np.random.Generator, geometry: Geometry, zoom: float = 1.0) -> Labelled:
+    """Four images around a random point of a canvas of twice ``size``, of which a random transformation shows the middle.
 
-    The canvas is never drawn: each tile is warped straight to where it is seen in the (size, size) output, and a tile that isn't seen isn't
-    decoded.
+    The canvas is never drawn: each tile is warped straight to where it is seen in the output, (size, size) times ``zoom``, and a tile that
+    isn't seen isn't decoded.
     """
     centre_x, centre_y = (int(value) for value in rng.integers(size // 2, size * 3 // 2, size=2, endpoint=True))
     corners = [(centre_x - (i % 2 == 0) * tile.hw[1], centre_y - (i < 2) * tile.hw[0]) for i, tile in enumerate(tiles)]
-    return warp_canvas(list(zip(tiles, corners, strict=True)), 2 * size, size, rng, geometry)
+    out = round(size * zoom)
+    return warp_canvas(list(zip(tiles, corners, strict=True)), (2 * size, 2 * size), (out, out), rng, geometry, zoom)
 
 
 def random_perspective(image: Image, boxes: np.ndarray, rng: np.random.Generator, geometry: Geometry) -> Labelled:
-    """A random transformation of a square image, at the same size."""
-    size = image.shape[0]
-    return warp_canvas([(Tile((size, size), boxes, lambda: image), (0, 0))], size, size, rng, geometry)
+    """A random transformation of an image, at the same size."""
+    hw = image.shape[:2]
+    return warp_canvas([(Tile(hw, boxes, lambda: image), (0, 0))], hw, hw, rng, geometry)
 
 
 def warp_canvas(
-    placed: Sequence[tuple[Tile, tuple[int, int]]], canvas: int, size: int, rng: np.random.Generator, geometry: Geometry
+    placed: Sequence[tuple[Tile, tuple[int, int]]],
+    canvas: tuple[int, int],
+    hw: tuple[int, int],
+    rng: np.random.Generator,
+    geometry: Geometry,
+    zoom: float = 1.0,
 ) -> Labelled:
-    """Tiles at their top left corners (x, y) on a square grey canvas, seen through one random transformation.
+    """Tiles at their top left corners (x, y) on a grey canvas (height, width), seen through one random transformation.
 
-    The middle of the canvas goes to the middle of the output, (size, size), give or take the translation. Boxes are clipped to what is seen
-    and kept where enough of them is left.
+    The middle of the canvas goes to the middle of the output, (*hw, 3), give or take the translation, ``zoom`` times as large. Boxes are clipped
+    to what is seen and kept where enough of them is left.
     """
-    matrix, gain = random_matrix(canvas, size, rng, geometry)
-    out = cv2.cvtColor(_grey((size, size)), cv2.COLOR_RGB2RGBA)  # warping four channels is 2.5 times as fast as three
+    matrix, gain = random_matrix(canvas, hw, rng, geometry, zoom)
+    out = cv2.cvtColor(_grey(hw), cv2.COLOR_RGB2RGBA)  # warping four channels is 2.5 times as fast as three
     boxes = [np.zeros((0, 5), np.float32)]
     for tile, (x, y) in placed:
-        x0, y0, x1, y1 = max(-x, 0), max(-y, 0), min(canvas - x, tile.hw[1]), min(canvas - y, tile.hw[0])  # the part on the canvas
+        x0, y0, x1, y1 = max(-x, 0), max(-y, 0), min(canvas[1] - x, tile.hw[1]), min(canvas[0] - y, tile.hw[0])  # the part on the canvas
         to_out = matrix @ _shift(x + x0, y + y0)
-        seen = _seen_rectangle(to_out, (y1 - y0, x1 - x0), size)
+        seen = _seen_rectangle(to_out, (y1 - y0, x1 - x0), hw)
         if seen is None:
             continue
         image = tile.load()
@@ -100,31 +106,33 @@ def warp_canvas(
         _draw(out, image[y0:y1, x0:x1], to_out, seen)
         boxes.append(tile.boxes + np.array([0, x, y, x, y], np.float32))
     on_canvas = np.concatenate(boxes)
-    on_canvas[:, 1:] = on_canvas[:, 1:].clip(0, canvas)
-    return cv2.cvtColor(out, cv2.COLOR_RGBA2RGB), warp_boxes(on_canvas, matrix, gain, size)
+    on_canvas[:, 1:] = on_canvas[:, 1:].clip(0, canvas[::-1] * 2)
+    return cv2.cvtColor(out, cv2.COLOR_RGBA2RGB), warp_boxes(on_canvas, matrix, gain, hw)
 
 
-def random_matrix(canvas: int, size: int, rng: np.random.Generator, geometry: Geometry) -> tuple[np.ndarray, float]:
-    """A random transformation (3, 3) from canvas to output coordinates, and its gain."""
-    to_middle = _shift(-canvas / 2, -canvas / 2)
+def random_matrix(
+    canvas: tuple[int, int], hw: tuple[int, int], rng: np.random.Generator, geometry: Geometry, zoom: float = 1.0
+) -> tuple[np.ndarray, float]:
+    """A random transformation (3, 3) from coordinates of a canvas (height, width) to those of the output, hw, and its gain."""
+    to_middle = _shift(-canvas[1] / 2, -canvas[0] / 2)
     perspective = np.eye(3)
     perspective[2, :2] = rng.uniform(-geometry.perspective, geometry.perspective, 2)
     angle = math.radians(rng.uniform(-geometry.degrees, geometry.degrees))
-    gain = rng.uniform(1 - geometry.scale, 1 + geometry.scale)
+    gain = zoom * rng.uniform(1 - geometry.scale, 1 + geometry.scale)
     cos, sin = gain * math.cos(angle), gain * math.sin(angle)
     rotation = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
     shear = np.eye(3)
     shear[[0, 1], [1, 0]] = np.tan(np.radians(rng.uniform(-geometry.shear, geometry.shear, 2)))
-    to_place = _shift(*(size * rng.uniform(0.5 - geometry.translate, 0.5 + geometry.translate, 2)))
+    to_place = _shift(*(rng.uniform(0.5 - geometry.translate, 0.5 + geometry.translate, 2) * hw[::-1]))
     return to_place @ shear @ rotation @ perspective @ to_middle, gain
 
 
-def warp_boxes(boxes: np.ndarray, matrix: np.ndarray, gain: float, size: int) -> np.ndarray:
+def warp_boxes(boxes: np.ndarray, matrix: np.ndarray, gain: float, hw: tuple[int, int]) -> np.ndarray:
     """Boxes (n, 5) around the warped corners of the given ones, clipped to the output, less those that `box_candidates` refuses."""
     corners = boxes[:, [1, 2, 3, 2, 3, 4, 1, 4]].reshape(-1, 4, 2)
     points = np.concatenate([corners, np.ones_like(corners[..., :1])], axis=2) @ matrix.T  # (n, 4, 3)
     points = points[..., :2] / points[..., 2:]
-    warped = np.concatenate([points.min(axis=1), points.max(axis=1)], axis=1).clip(0, size)  # (n, 4)
+    warped = np.concatenate([points.min(axis=1), points.max(axis=1)], axis=1).clip(0, hw[::-1] * 2)  # (n, 4)
     keep = box_candidates(boxes[:, 1:] * gain, warped)
     return np.concatenate([boxes[:, :1], warped], axis=1).astype(np.float32)[keep]
 
@@ -183,20 +191,20 @@ def _shift(x: float, y: float) -> np.ndarray:
     return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]], float)
 
 
-def _seen_rectangle(matrix: np.ndarray, hw: tuple[int, int], size: int) -> tuple[int, int, int, int] | None:
+def _seen_rectangle(matrix: np.ndarray, hw: tuple[int, int], out_hw: tuple[int, int]) -> tuple[int, int, int, int] | None:
     """x0, y0, x1, y1 of the output's pixels that a tile may touch; all of them under a perspective, where corners may be behind the eye."""
     if min(hw) <= 0:
         return None
     if matrix[2, 0] or matrix[2, 1]:
-        return 0, 0, size, size
+        return 0, 0, out_hw[1], out_hw[0]
     low, high = _bounds(matrix, hw)
-    x0, y0 = np.floor(low).clip(0, size).astype(int)
-    x1, y1 = np.ceil(high).clip(0, size).astype(int)
+    x0, y0 = np.floor(low).clip(0, out_hw[::-1]).astype(int)
+    x1, y1 = np.ceil(high).clip(0, out_hw[::-1]).astype(int)
     return (int(x0), int(y0), int(x1), int(y1)) if x0 < x1 and y0 < y1 else None
 
 
 def _draw(out: np.ndarray, image: Image, matrix: np.ndarray, seen: tuple[int, int, int, int]) -> None:
-    """Warp an image (h, w, 3) into its rectangle of the output (size, size, 4), in place; what it doesn't cover stays."""
+    """Warp an image (h, w, 3) into its rectangle of the output (H, W, 4), in place; what it doesn't cover stays."""
     x0, y0, x1, y1 = seen
     left, top, right, bottom = _needed(np.linalg.inv(matrix) @ _shift(x0, y0), (y1 - y0, x1 - x0), image.shape[:2])
     if left >= right or top >= bottom:  # a turned tile passes by its own rectangle's part of the output

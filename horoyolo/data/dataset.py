@@ -23,7 +23,7 @@ from horoyolo.data.scan import Split
 class Sample:
     """A training sample."""
 
-    image: Tensor  # (3, S, S) uint8 RGB
+    image: Tensor  # (3, H, W) uint8 RGB
     targets: Tensor  # (n, 5) float32: class, box_xywhn
     crc: int  # CRC-32 of the image's bytes
     failed: list[str]  # files that could not be read: they are grey in the image and have no boxes
@@ -43,13 +43,17 @@ class EvalSample:
 
 
 class TrainDataset:
-    """Augmented samples, addressed by `Key`: a sample's pixels depend on the seed, the epoch and the position alone."""
+    """Augmented samples, addressed by `Key`: a sample's pixels depend on the seed, the epoch, the position and its batch's shape alone.
 
-    def __init__(self, split: Split, img: int, hyper: Hyper, seed: int) -> None:
+    From epoch ``mosaic_until`` on images come without mosaic and mixup, as they will be met later.
+    """
+
+    def __init__(self, split: Split, img: int, hyper: Hyper, seed: int, mosaic_until: float = math.inf) -> None:
         self.split = split
         self.img = img
         self.hyper = hyper
         self.seed = seed
+        self.mosaic_until = mosaic_until
         self._geometry = Geometry(hyper.degrees, hyper.translate, hyper.scale, hyper.shear, hyper.perspective)
 
     def __len__(self) -> int:
@@ -57,29 +61,33 @@ class TrainDataset:
 
     def __getitem__(self, key: Key) -> Sample:
         hyper = self.hyper
+        hw = key.hw or (self.img, self.img)
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, key.epoch, key.position]))
         failed: list[str] = []
-        if rng.random() < hyper.mosaic:
-            image, boxes = self._mosaic(key.index, rng, failed)
+        if rng.random() < hyper.mosaic and key.epoch < self.mosaic_until:
+            image, boxes = self._mosaic(key.index, hw, rng, failed)
             if rng.random() < hyper.mixup:
-                partner = self._mosaic(int(rng.integers(len(self))), rng, failed)
+                partner = self._mosaic(int(rng.integers(len(self))), hw, rng, failed)
                 image, boxes = mixup((image, boxes), partner, rng)
         else:
-            image, boxes = self._single(key.index, rng, failed)
+            image, boxes = self._single(key.index, hw, rng, failed)
         image, boxes = hsv(image, boxes, rng, hyper.hsv_h, hyper.hsv_s, hyper.hsv_v)
         image, boxes = flip_ud(image, boxes, rng, hyper.flipud)
         image, boxes = flip_lr(image, boxes, rng, hyper.fliplr)
         pixels = _to_chw(image)
-        return Sample(torch.from_numpy(pixels), _to_targets(boxes, (self.img, self.img)), zlib.crc32(pixels.data), failed)
+        return Sample(torch.from_numpy(pixels), _to_targets(boxes, hw), zlib.crc32(pixels.data), failed)
 
-    def _mosaic(self, index: int, rng: np.random.Generator, failed: list[str]) -> Labelled:
+    def _mosaic(self, index: int, hw: tuple[int, int], rng: np.random.Generator, failed: list[str]) -> Labelled:
         indices = rng.permutation([index, *rng.integers(len(self), size=3)])
-        return mosaic([self._tile(int(i), failed) for i in indices], self.img, rng, self._geometry)
+        return mosaic([self._tile(int(i), failed) for i in indices], self.img, rng, self._geometry, max(hw) / self.img)
 
-    def _single(self, index: int, rng: np.random.Generator, failed: list[str]) -> Labelled:
+    def _single(self, index: int, hw: tuple[int, int], rng: np.random.Generator, failed: list[str]) -> Labelled:
+        """One image, its long side at the output's."""
         tile = self._tile(index, failed)
-        corner = ((self.img - tile.hw[1]) // 2, (self.img - tile.hw[0]) // 2)
-        return warp_canvas([(tile, corner)], self.img, self.img, rng, self._geometry)
+        zoom = max(hw) / self.img
+        canvas = (round(hw[0] / zoom), round(hw[1] / zoom))
+        corner = ((canvas[1] - tile.hw[1]) // 2, (canvas[0] - tile.hw[0]) // 2)
+        return warp_canvas([(tile, corner)], canvas, hw, rng, self._geometry, zoom)
 
     def _tile(self, index: int, failed: list[str]) -> Tile:
         """The image with its long side at the training size."""

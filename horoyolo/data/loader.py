@@ -34,7 +34,7 @@ class Place(Protocol):
 class Batch:
     """This worker's share of a global batch; it may be empty."""
 
-    images: Tensor  # (B, 3, S, S) uint8 RGB
+    images: Tensor  # (B, 3, H, W) uint8 RGB, one shape all over the global batch; an empty share has the training size's
     targets: Tensor  # (M, 6) float32: image in this share, class, box_xywhn
     crc: int  # sum modulo 2^32 of the images' CRC-32, the same however the global batch is shared out
     failed: list[str]  # files that could not be read

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from horoyolo.data.balance import Balance
+from horoyolo.data.shapes import Shapes
+
 
 class Key(NamedTuple):
-    """A training sample's identity: its image, and where in which epoch's order it stands, which seeds its augmentation."""
+    """A training sample's identity: its image, where in which epoch's order it stands, which seeds its augmentation, and its batch's shape."""
 
     epoch: int
     position: int
     index: int  # type: ignore[assignment]  # a field here, not the tuple's method
+    hw: tuple[int, int] | None = None  # height and width; none: the training size's square
 
 
 def share(count: int, rank: int, size: int) -> range:
@@ -26,22 +30,26 @@ def share(count: int, rank: int, size: int) -> range:
 class Sampler:
     """Each epoch visits every sample once, in a random order, in global batches of `batch` (the last one may be smaller).
 
-    Its state, `epoch` and `consumed` (images of the epoch that were used, over all workers), is all that another number of workers needs to
-    go on.
+    With a `balance` some samples come more often and others less, in an epoch as long. Its state, `epoch` and `consumed` (images of the epoch
+    that were used, over all workers), and the balance's, is all that another number of workers needs to go on.
     """
 
-    def __init__(self, num_samples: int, batch: int, seed: int) -> None:
+    def __init__(self, num_samples: int, batch: int, seed: int, shapes: Shapes | None = None, balance: Balance | None = None) -> None:
         self.num_samples = num_samples
         self.batch = batch
         self.seed = seed
+        self.shapes = shapes
+        self.balance = balance
         self.epoch = 0
         self.consumed = 0
 
     def order(self, epoch: int) -> np.ndarray:
-        """The permutation (num_samples,) of an epoch."""
+        """The samples (num_samples,) of an epoch: a permutation, but for a balance."""
         # The spawn key keeps this stream apart from those of samples, which are seeded by [seed, epoch, position].
         sequence = np.random.SeedSequence([self.seed, epoch], spawn_key=(0,))
-        return np.random.default_rng(sequence).permutation(self.num_samples)
+        rng = np.random.default_rng(sequence)
+        order = self.balance.draw(rng) if self.balance else rng.permutation(self.num_samples)
+        return self.shapes.arrange(order) if self.shapes else order
 
     def batches(self, rank: int, size: int) -> Iterator[list[Key]]:
         """This worker's share of each global batch from the state of this moment to the end of its epoch."""
@@ -51,7 +59,8 @@ class Sampler:
         order = self.order(epoch)
         for start in range(consumed, self.num_samples, self.batch):
             count = min(self.batch, self.num_samples - start)
-            yield [Key(epoch, start + i, int(order[start + i])) for i in share(count, rank, size)]
+            hw = self.shapes.batch_hw(self.seed, epoch, start, order[start : start + count]) if self.shapes else None
+            yield [Key(epoch, start + i, int(order[start + i]), hw) for i in share(count, rank, size)]
 
     def global_batches_left(self) -> int:
         """Global batches from here to the end of the epoch."""
@@ -68,11 +77,14 @@ class Sampler:
         self.epoch += 1
         self.consumed = 0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What any number of workers needs to go on."""
-        return {"epoch": self.epoch, "consumed": self.consumed}
+        state: dict[str, Any] = {"epoch": self.epoch, "consumed": self.consumed}
+        return state | ({"balance": self.balance.state_dict()} if self.balance else {})
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state that `state_dict` gave."""
         self.epoch = state["epoch"]
         self.consumed = state["consumed"]
+        if self.balance and "balance" in state:
+            self.balance.load_state_dict(state["balance"])

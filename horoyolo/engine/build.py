@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,7 +18,7 @@ from horoyolo.compression.build import build_compressor
 from horoyolo.compression.dense import ExactSum
 from horoyolo.compression.feedback import ErrorFeedback
 from horoyolo.config import Comms, Config, Optim
-from horoyolo.data.dataset import EvalDataset, TrainDataset
+from horoyolo.data.build import build_eval_data, build_sampler, build_train_data, describe_input
 from horoyolo.data.loader import build_eval_loader, build_train_loader, choose_num_workers
 from horoyolo.data.sampler import Sampler
 from horoyolo.data.scan import Split
@@ -68,10 +70,17 @@ class Training:
         """Images in the global batch that comes next."""
         return min(self.config.batch, self.sampler.num_samples - self.sampler.consumed)
 
-    @property
-    def grids(self) -> list[tuple[int, int]]:
-        """Cells (height, width) of each layer's grid for training images."""
-        return [(self.config.img // stride, self.config.img // stride) for stride in self.model.strides]
+    def grids(self, hw: Sequence[int]) -> list[tuple[int, int]]:
+        """Cells (height, width) of each layer's grid for images of this height and width."""
+        return [(hw[0] // stride, hw[1] // stride) for stride in self.model.strides]
+
+    def heed(self, metrics: dict[str, Any]) -> None:
+        """Has the sampler draw by what an evaluation found, where it was asked to, and notes in the metrics what that changes."""
+        balance = self.sampler.balance
+        if balance is not None:
+            names = self.val_split.names
+            balance.ap = np.array([metrics["per_class"][names[i]]["map50_95"] for i in sorted(names)])
+            metrics["sampling"] = {"by": balance.by, "boxes_seen": dict(zip(names.values(), balance.boxes_seen().tolist(), strict=True))}
 
     def evaluate(self, model: YOLO) -> tuple[dict[str, Any], list[float]]:
         """Metrics and losses on the validation split, over all workers."""
@@ -156,7 +165,8 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
     if sync_bn:
         convert_sync_bn(model, comm)
     model = model.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
-    sampler = Sampler(len(train_split), config.batch, config.seed)
+    stride = max(model.strides)
+    sampler = build_sampler(config, train_split, stride)
     schedule = Schedule(config.hyp, config.optim, config.epochs, config.batch, sampler.global_batches_left())
     optimizer = build_optimizer(model, config.optim, config.hyp.lr0, config.hyp.momentum, schedule.weight_decay)
     loss_scale = LossScale(enabled=numerics.dtype == torch.float16)
@@ -175,7 +185,8 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
 
     num_workers = choose_num_workers(config.workers, comm.local_size())
     pin_memory = numerics.device.type == "cuda"
-    train_data = TrainDataset(train_split, config.img, config.hyp, config.seed)
+    for line in describe_input(config, sampler, train_split.names):
+        log.info("%s", line)
     job = Training(
         config=config,
         comm=comm,
@@ -190,9 +201,9 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
         exchange=Exchange(model.named_parameters(), compressor, comm, config.comms.bucket_mb),
         schedule=schedule,
         sampler=sampler,
-        loader=build_train_loader(train_data, sampler, comm, num_workers, pin_memory),
+        loader=build_train_loader(build_train_data(config, train_split), sampler, comm, num_workers, pin_memory),
         val_split=val_split,
-        val_loader=build_eval_loader(EvalDataset(val_split, config.img, max(model.strides)), config.batch, comm, num_workers, pin_memory),
+        val_loader=build_eval_loader(build_eval_data(config, val_split, stride), config.batch, comm, num_workers, pin_memory),
         progress=progress,
         state=state,
     )

@@ -133,7 +133,7 @@ def known_ahead(job: Training, batch: Any, stop_pending: bool) -> Tensor:
 
     Doubles hold sums of 32-bit checksums exactly.
     """
-    positives = job.loss.count_positives(batch.targets, job.grids)
+    positives = job.loss.count_positives(batch.targets, job.grids(batch.images.shape[2:]))
     return torch.cat([positives.double().cpu(), torch.tensor([batch.crc, stop_pending], dtype=torch.float64)])
 
 
@@ -182,6 +182,7 @@ def finish_epoch(job: Training, epoch: int, started_s: float) -> EpochRecord:
     if (epoch + 1) % job.config.evaluate_every == 0 or epoch + 1 == job.config.epochs:
         metrics, val_losses = job.evaluate(ema)
         metrics["epoch"] = epoch
+        job.heed(metrics)
     is_best = metrics is not None and fitness(metrics) > progress.best_fitness
     if is_best:
         progress.best_fitness = fitness(metrics)

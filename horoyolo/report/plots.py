@@ -46,7 +46,7 @@ def plot_curves(results_csv: Path, folder: Path) -> None:
 
 
 def plot_batch(images: Tensor, targets: Tensor, names: Mapping[int, str], path: Path) -> None:
-    """Draws up to 16 images (B, 3, S, S), uint8 RGB, side by side with their targets (M, 6): image index, class, box_xywhn."""
+    """Draws up to 16 images (B, 3, H, W), uint8 RGB, side by side with their targets (M, 6): image index, class, box_xywhn."""
     with _as_an_extra(f"batch in {path}"):
         if not len(images):
             return
@@ -64,18 +64,20 @@ def batch_grid(images: Tensor, targets: Tensor, names: Mapping[int, str]) -> np.
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     gap = 2
-    side = min(images.shape[-1], MAX_SIDE // columns - gap)
-    grid = np.full((rows * (side + gap), columns * (side + gap), 3), WHITE, np.uint8)
+    whole_h, whole_w = images.shape[2:]
+    shrink = min((MAX_SIDE // max(columns, rows) - gap) / max(whole_h, whole_w), 1)
+    height, width = round(whole_h * shrink), round(whole_w * shrink)
+    grid = np.full((rows * (height + gap), columns * (width + gap), 3), WHITE, np.uint8)
     for i in range(count):
-        pixels = images[i].permute(1, 2, 0).contiguous().cpu().numpy()  # (S, S, 3)
-        if side < pixels.shape[0]:
-            pixels = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA)
+        pixels = images[i].permute(1, 2, 0).contiguous().cpu().numpy()  # (H, W, 3)
+        if shrink < 1:
+            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
         own = targets[targets[:, 0] == i].cpu().numpy()  # (m, 6)
         classes = own[:, 1].astype(int).tolist()
-        centre, half = own[:, 2:4] * side, own[:, 4:6] * side / 2
+        centre, half = own[:, 2:4] * (width, height), own[:, 4:6] * (width / 2, height / 2)
         captions = [names.get(class_id, str(class_id)) for class_id in classes]
-        y, x = (i // columns) * (side + gap), (i % columns) * (side + gap)
-        grid[y : y + side, x : x + side] = draw_boxes(pixels, np.hstack((centre - half, centre + half)), classes, captions)
+        y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        grid[y : y + height, x : x + width] = draw_boxes(pixels, np.hstack((centre - half, centre + half)), classes, captions)
     return grid[: -gap or None, : -gap or None]
 
 

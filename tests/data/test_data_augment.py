@@ -134,7 +134,7 @@ def test_box_filter() -> None:
 
 def test_warped_boxes_are_clipped_and_dropped_when_mostly_outside() -> None:
     boxes = np.array([[0, 10, 10, 30, 30], [1, 95, 10, 115, 30], [2, 98.5, 10, 118.5, 30]], np.float32)
-    kept = warp_boxes(boxes, np.eye(3), 1.0, 100)
+    kept = warp_boxes(boxes, np.eye(3), 1.0, (100, 100))
     assert kept.tolist() == [[0, 10, 10, 30, 30], [1, 95, 10, 100, 30]]
 
 

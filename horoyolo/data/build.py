@@ -1,0 +1,50 @@
+"""From a run's configuration to its samples: which come next, and what they look like."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from horoyolo.config import Config
+from horoyolo.data.balance import Balance
+from horoyolo.data.dataset import EvalDataset, TrainDataset
+from horoyolo.data.sampler import Sampler
+from horoyolo.data.scan import Split
+from horoyolo.data.shapes import Shapes
+
+
+def build_sampler(config: Config, split: Split, stride: int) -> Sampler:
+    """The sampler of a training split for a model of this largest stride."""
+    given = config.input
+    balance = None if given.sampling == "uniform" else Balance(split.labels, len(split.names), given.sampling)
+    aspects = np.divide(*split.shapes_hw.T) if given.rect else None
+    return Sampler(len(split), config.batch, config.seed, Shapes(config.img, stride, given.multi_scale, aspects), balance)
+
+
+def build_train_data(config: Config, split: Split) -> TrainDataset:
+    """The training samples of a split."""
+    hyper = replace(config.hyp, mosaic=0.0, mixup=0.0) if config.input.rect else config.hyp  # a mosaic is a square
+    mosaic_until = config.epochs - config.input.close_mosaic if config.input.close_mosaic else math.inf
+    return TrainDataset(split, config.img, hyper, config.seed, mosaic_until)
+
+
+def build_eval_data(config: Config, split: Split, stride: int) -> EvalDataset:
+    """The images of a split as they are evaluated during training."""
+    return EvalDataset(split, config.img, stride)
+
+
+def describe_input(config: Config, sampler: Sampler, names: dict[int, str]) -> list[str]:
+    """What is not as usual about the training samples, a line each."""
+    lines = []
+    if config.input.rect:
+        lines.append("rectangular batches: images of like aspect ratio together, without mosaic and mixup")
+    if config.input.multi_scale and sampler.shapes:
+        lines.append(f"multi-scale: long sides up to {sampler.shapes.largest} px, which takes more memory than {config.img} px")
+    if config.input.close_mosaic and not config.input.rect:
+        lines.append(f"mosaic and mixup are off from epoch {max(config.epochs - config.input.close_mosaic, 0)} on")
+    if sampler.balance:
+        seen = ", ".join(f"{names[i]} {times:.2f}" for i, times in enumerate(sampler.balance.boxes_seen()))
+        lines.append(f"images drawn by {sampler.balance.by}; boxes an epoch shows, against each image once: {seen}")
+    return lines
