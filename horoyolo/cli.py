@@ -387,6 +387,26 @@ def _bench(parsed: argparse.Namespace) -> int:
     return DONE
 
 
+def _describe_report(parser: _Parser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", type=Path)
+    parser.add_argument("--ledger", action="store_true", help="prove that each image of each epoch was used exactly once, or list which was not")
+    parser.add_argument("--json", metavar="FILE", default="", help="file for the figures")
+    parser.set_defaults(run=_report)
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from horoyolo.report.ledger import FILE, read_account
+
+    if not parsed.ledger:
+        raise InputError("report: what to report is wanted; there is --ledger")
+    account = read_account(parsed.run_folder / FILE)
+    if parsed.json:
+        with atomic_file(parsed.json, "w") as stream:
+            json.dump(account.as_json(), stream, indent=1)
+    _print_lines(account.lines())
+    return DONE if account.exact else FAILED
+
+
 def _print_lines(lines: list[str]) -> int:
     print("\n".join(lines))
     return DONE
@@ -413,5 +433,6 @@ COMMANDS: dict[str, tuple[Callable[[_Parser], None], str]] = {
     "launch": (_describe_launch, "start the workers of a job"),
     "doctor": (_describe_doctor, "find out what is wrong with hosts before a job does"),
     "data": (_describe_data, "convert, check and make data sets"),
+    "report": (_describe_report, "what a run's records say"),
     "bench": (_describe_bench, "measure this machine"),
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from horoyolo.engine.build import Training
 from horoyolo.engine.hooks import EPOCH_COLUMNS, STEP_COLUMNS, EpochRecord, Hook, StepRecord
+from horoyolo.engine.ledger import KeepLedger
 from horoyolo.report.monitor import CsvWriter, Progress, TensorBoardWriter, Writer
 from horoyolo.report.plots import plot_batch, plot_curves
 
@@ -19,8 +20,8 @@ CURVES_EVERY_S = 60.0
 
 
 def build_hooks(job: Training) -> list[Hook]:
-    """What watches this worker: all of it on rank 0; every worker tells of files that it could not read."""
-    everywhere: list[Hook] = [TellUnreadable()]
+    """What watches this worker: all of it on rank 0; every worker tells of files that it could not read and knows the ledger."""
+    everywhere: list[Hook] = [TellUnreadable(), KeepLedger(job)]
     if job.comm.rank() != 0:
         return everywhere
     return [*everywhere, RecordFigures(job), ShowProgress(job), DrawPlots(job)]
