@@ -18,6 +18,7 @@ from horoyolo.bench.links import AS_IT_IS, check_rate, shaped
 from horoyolo.bench.processes import Place, chosen_place, launched, orderly_end, peer_script, side_by_side
 from horoyolo.bench.scaling import size_words, worker_argv
 from horoyolo.bench.step import variant_name
+from horoyolo.bench.verdict import OVERLAPPED, auto_against_best, verdict_lines
 from horoyolo.compression.base import ring_bytes
 from horoyolo.compression.build import AUTO, COMPRESSORS, build_compressor
 from horoyolo.config import Comms, Config, InputError
@@ -51,6 +52,7 @@ def bench_compression(parsed: argparse.Namespace) -> dict[str, Any]:
             report["links"][label] = {"rate": rate, **summary(figures, errors)}
             print(f"{place.name}, {_link_name(label, rate)}, {parsed.cfg}, {parsed.img} px, {parsed.batch} images each, {variant}")
             print_table(report["links"][label])
+    print("\n".join(verdict_lines(report["links"], parsed.entries or list(COMPRESSORS))))
     write_json(parsed.json, report)
     if parsed.plot:
         from horoyolo.bench.plots import plot_compression
@@ -69,7 +71,7 @@ def chosen_rows(entries: Sequence[str], overlaps: Sequence[str]) -> Rows:
         if comms.compression == AUTO:
             rows.append((entry, comms, tuple(overlap == "yes" for overlap in overlaps)))
         else:
-            rows += [(entry if overlap == "no" else f"{entry}, overlapped", comms, OVERLAPS[overlap]) for overlap in overlaps]
+            rows += [(entry if overlap == "no" else entry + OVERLAPPED, comms, OVERLAPS[overlap]) for overlap in overlaps]
     return rows
 
 
@@ -164,7 +166,8 @@ def measure_link(
 
 
 def summary(figures: Repeats, errors: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Each row's step time and parts, and its rate against the plain way: the quickest of ours without compression and stock Horovod's."""
+    """Each row's step time and parts, and its rate against the plain way: the quickest of ours without compression and stock Horovod's; and
+    how `auto` compares with the best fixed entry."""
     candidates = [name for name in figures if is_plain(name)] or [next(iter(figures))]
     plain = min(candidates, key=lambda name: statistics.median(figures[name]["step_s"]))
     rows = {}
@@ -172,12 +175,13 @@ def summary(figures: Repeats, errors: dict[str, dict[str, float]]) -> dict[str, 
         parts = {part: statistics.median(of_row[part]) for part in PARTS if part in of_row}
         ratio = paired_ratio(of_row["step_s"], figures[plain]["step_s"])
         rows[name] = {**spread(of_row["step_s"]), **parts, **errors.get(name, {}), "rate_against_plain": ratio}
-    return {"plain": plain, "rows": rows}
+    against = auto_against_best({name: of_row["step_s"] for name, of_row in figures.items()})
+    return {"plain": plain, "rows": rows, "auto": against and dict(zip(("best", "time_ratio"), against, strict=True))}
 
 
 def is_plain(name: str) -> bool:
     """Whether a row sums 32-bit floats as they are, ours or stock Horovod's."""
-    return name in ("none", "none, overlapped", "stock Horovod, NCHW")
+    return name in ("none", "none" + OVERLAPPED, "stock Horovod, NCHW")
 
 
 def print_table(link: dict[str, Any]) -> None:
