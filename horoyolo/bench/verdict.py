@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ def break_even_bits(links: Mapping[str, Mapping[str, Any]], entry: str) -> float
     that takes no time. None where no change of sign was seen: it gains on all those links, or on none.
     """
     points = sorted((0.0 if link["rate"] == AS_IT_IS else 1 / bits_per_s(link["rate"]), gain_s(link["rows"], entry)) for link in links.values())
-    for (quicker, gain_there), (slower, gain_here) in zip(points, points[1:], strict=False):
+    for (quicker, gain_there), (slower, gain_here) in itertools.pairwise(points):
         if gain_there <= 0 < gain_here:
             return 1 / (quicker + (slower - quicker) * gain_there / (gain_there - gain_here))
     return None
@@ -65,11 +66,9 @@ def verdict_lines(links: Mapping[str, Mapping[str, Any]], entries: list[str]) ->
         if bits is not None:
             lines.append(f"{entry}: gains below {bits / 1e6:.0f} Mbit/s")
         else:
-            gains = [gain_s(link["rows"], entry) > 0 for link in links.values()]
-            lines.append(
-                f"{entry}: "
-                + ("gains on all of these links" if all(gains) else "gains on none of these links" if not any(gains) else "no clear limit")
-            )
+            gains = {gain_s(link["rows"], entry) > 0 for link in links.values()}
+            on = {frozenset([True]): "gains on all", frozenset([False]): "gains on none"}.get(frozenset(gains), "gains on some (no clear limit)")
+            lines.append(f"{entry}: {on} of these links")
     for label, link in links.items():
         if link.get("auto"):
             lines.append(f"link {label}: auto takes {link['auto']['time_ratio']:.3f} of the step of {link['auto']['best']}, the best fixed entry")
