@@ -74,6 +74,7 @@ class Flag:
     help: str
     switch: bool = False  # takes no value
     means: Any = True  # what a switch sets
+    several: bool = False  # takes several values
     optional: str | None = None  # what the flag means without a value
 
 
@@ -102,12 +103,15 @@ TRAIN_FLAGS = (
     Flag(("--rect",), "input.rect", "rectangular batches of images of like aspect, without mosaic", switch=True),
     Flag(("--multi-scale",), "input.multi_scale", "each global batch at a size from half to one and a half of --img", switch=True),
     Flag(("--close-mosaic",), "input.close_mosaic", "last epochs without mosaic and mixup"),
+    Flag(("--freeze",), "recipe.freeze", "layers that stay as they are: 10 (the first ten) or 0 1 5 (these)", several=True),
+    Flag(("--patience",), "recipe.patience", "epochs without a better score before training ends; 0: never"),
+    Flag(("--noautoanchor",), "recipe.autoanchor", "take the model's anchors even where they fit the boxes badly", switch=True, means=False),
 )
 
 # Flags of YOLOv5 and of later versions that a user may bring along.
 NOT_YET = (
-    *("--nosave", "--noval", "--noautoanchor", "--noplots", "--evolve", "--bucket", "--cache"),
-    *("--single-cls", "--quad", "--patience", "--freeze", "--save-period", "--entity", "--elastic", "--pipeline-stages"),
+    *("--nosave", "--noval", "--noplots", "--evolve", "--bucket", "--cache"),
+    *("--single-cls", "--quad", "--save-period", "--entity", "--elastic", "--pipeline-stages"),
     *("--min-np", "--max-np"),
 )
 
@@ -145,10 +149,13 @@ def _describe_train(parser: _Parser) -> None:
         options: dict[str, Any] = {"dest": flag.key, "help": flag.help, "default": argparse.SUPPRESS}
         if flag.switch:
             options |= {"action": "store_const", "const": flag.means}
+        elif flag.several:
+            options["nargs"] = "+"
         elif flag.optional:
             options |= {"nargs": "?", "const": flag.optional}
         parser.add_argument(*flag.names, **options)
-    parser.add_argument("--hyp", metavar="YAML", default="", help="hyper-parameter file of YOLOv5")
+    presets = ", ".join(configuration.PRESETS)
+    parser.add_argument("--hyp", metavar="YAML|NAME", default="", help=f"hyper-parameter file of YOLOv5, or a preset: {presets}")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any other setting, such as hyp.lr0=0.02")
     parser.set_defaults(run=_train)
 
@@ -158,6 +165,7 @@ def train_config(parsed: argparse.Namespace) -> Config:
     from horoyolo.engine.runs import resumed_folder
 
     given = {flag.key: getattr(parsed, flag.key) for flag in TRAIN_FLAGS if hasattr(parsed, flag.key)}
+    given |= {key: ",".join(value) for key, value in given.items() if isinstance(value, list)}
     config = configuration.override(Config(), given, "command line")
     folder = resumed_folder(config)
     if folder is not None:

@@ -39,6 +39,7 @@ class Hyper:
     obj_pw: float = 1.0  # weight of positives in the objectness BCE
     iou_t: float = 0.2  # read by no code, in YOLOv5 neither; its files carry it
     anchor_t: float = 4.0  # largest ratio of a box's side to its anchor's
+    anchors: float = 0.0  # anchors of each layer, rounded, fitted to the data; 0: the model's own
     fl_gamma: float = 0.0  # focal loss
     label_smoothing: float = 0.0
     hsv_h: float = 0.015  # colour jitter, parts of the range
@@ -76,6 +77,19 @@ class Optim:
     clip_norm: float = 10.0  # largest global norm of an update's gradient; 0: no clipping
     ema_decay: float = 0.9999
     ema_tau: float = 2000.0  # updates over which the decay ramps up
+    backbone_lr: float = 1.0  # the backbone's learning rate as a part of the head's
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is learned, from which start, against which loss and for how long."""
+
+    autoanchor: bool = True  # anchors that fit the boxes too badly are fitted anew
+    activation: str = ""  # silu, relu, leakyrelu or hardswish; empty: what the model's table says
+    box_loss: str = "ciou"  # ciou, diou or giou
+    class_weights: float = 0.0  # each class counts by its frequency to the power of minus this: 0 alike, 1 rare ones as much as common ones
+    freeze: str = ""  # layers that stay as they are: "10" the first ten, "0,1,5" these
+    patience: int = 100  # epochs without a better score before training ends; 0: never
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,7 @@ class Config:
     hyp: Hyper = field(default_factory=Hyper)
     input: Input = field(default_factory=Input)
     optim: Optim = field(default_factory=Optim)
+    recipe: Recipe = field(default_factory=Recipe)
     comms: Comms = field(default_factory=Comms)
 
 
@@ -194,14 +209,39 @@ def _converted(value: Any, wanted: type, key: str, where: str) -> Any:
     raise InputError(f"{where}: {key} = {value!r}; {names[wanted]} is wanted")
 
 
-def load_hyper(config: Config, path: str | Path) -> Config:
-    """``config`` with the hyper-parameters of a YOLOv5 ``hyp.yaml`` (InputError: unreadable, unknown key)."""
+PRESETS = ("low", "med", "high", "no-augmentation", "voc")  # files in hyps/
+
+
+def hyper_file(name: str) -> Path:
+    """The hyper-parameter file that ``--hyp`` means: a file, else a preset, by its short name or YOLOv5's (InputError: neither)."""
+    if Path(name).is_file():
+        return Path(name)
+    short = Path(name).name.removesuffix(".yaml").removeprefix("hyp.").removeprefix("scratch-").lower()
+    if short not in PRESETS:
+        raise InputError(f"--hyp {name}: no such file, and no preset; presets: {', '.join(PRESETS)}")
+    return Path(__file__).parent / "hyps" / f"{short}.yaml"
+
+
+def load_hyper(config: Config, name: str | Path) -> Config:
+    """``config`` with the hyper-parameters of a preset or of a YOLOv5 ``hyp.yaml`` (InputError: unreadable, unknown keys, all of them named)."""
+    path = hyper_file(str(name))
     values = read_yaml(path, "a YOLOv5 hyp.yaml")
     known = [f.name for f in dataclasses.fields(Hyper)]
-    for key in values:
-        if key not in known:
-            raise InputError(f"hyper-parameter file {path}: unknown key {key!r}; {nearest_of(str(key), known)}")
+    unknown = [f"{key!r} ({nearest_of(str(key), known)})" for key in values if key not in known]
+    if unknown:
+        raise InputError(f"hyper-parameter file {path}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
     return override(config, {f"hyp.{key}": value for key, value in values.items()}, f"hyper-parameter file {path}")
+
+
+def frozen_layers(text: str) -> tuple[int, ...]:
+    """The layers that ``recipe.freeze`` names, as in YOLOv5: one number is how many from the first on, several are these (InputError)."""
+    try:
+        numbers = [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        numbers = [-1]
+    if any(number < 0 for number in numbers):
+        raise InputError(f"recipe.freeze = {text!r}; a number of layers (10) or layers (0,1,5) are wanted")
+    return tuple(range(numbers[0])) if len(numbers) == 1 else tuple(sorted(set(numbers)))
 
 
 def dump(config: Config) -> str:
@@ -219,6 +259,8 @@ _CHOICES = {
     "optim.optimizer": ("sgd", "adamw"),
     "input.sampling": ("uniform", "classes", "images"),
     "comms.overlap": ("auto", "yes", "no"),
+    "recipe.activation": ("", "silu", "relu", "leakyrelu", "hardswish"),
+    "recipe.box_loss": ("ciou", "diou", "giou"),
 }
 _AT_LEAST: dict[str, float] = {
     "img": 32,
@@ -239,6 +281,11 @@ _AT_LEAST: dict[str, float] = {
     "hyp.lr0": 0,
     "hyp.anchor_t": 1,
     "hyp.warmup_epochs": 0,
+    "hyp.anchors": 0,
+    "hyp.fl_gamma": 0,
+    "optim.backbone_lr": 0,
+    "recipe.class_weights": 0,
+    "recipe.patience": 0,
 }
 _PROBABILITIES = ("flipud", "fliplr", "mosaic", "mixup")
 _NOT_YET = {"copy_paste": "it needs outlines of the objects"}
@@ -267,6 +314,9 @@ def validate(config: Config) -> None:
         raise InputError(f"img = {config.img}; a multiple of 32, the largest stride, is wanted: {round(config.img / 32) * 32}")
     if not 0 < config.comms.topk_ratio <= 1:
         raise InputError(f"comms.topk_ratio = {config.comms.topk_ratio}; a share above 0 and up to 1 is wanted")
+    frozen_layers(config.recipe.freeze)
+    if config.hyp.anchors and not config.recipe.autoanchor:
+        raise InputError(f"hyp.anchors = {config.hyp.anchors:g} with --noautoanchor: new anchors are fitted to the data; leave one of the two out")
     for name in _PROBABILITIES:
         if not 0 <= getattr(config.hyp, name) <= 1:
             raise InputError(f"hyp.{name} = {getattr(config.hyp, name)}; a probability from 0 to 1 is wanted")

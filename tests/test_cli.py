@@ -63,6 +63,10 @@ def train(dataset: Path, *words: object) -> list[object]:
         (["--resume", "absent"], "no run folder"),
         (["--resume"], "no run in"),
         (["--img", 100], "multiple of 32"),
+        (["--freeze", 25], "all 25 layers"),
+        (["--freeze", 3, 25], "layer 25 is beyond"),
+        (["--freeze", "backbone"], "a number of layers"),
+        (["--hyp", "lower"], "presets: low"),
     ],
 )
 def test_train_refuses(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str], words: list[object], expected: str) -> None:
@@ -135,6 +139,12 @@ def test_launch_checks_the_job_first(dataset: Path, here: Path, capsys: pytest.C
     assert "-- train" in refused(capsys, "launch", "-np", 2)
     assert "horovodrun" in refused(capsys, "launch", "-np", 2, "--launcher", "ssh", "--dry-run", "--", *train(dataset, "--batch", 2))
     assert list(here.iterdir()) == []
+
+
+def test_flags_of_the_recipe_mean_their_keys() -> None:
+    words = ["--data", "d.yaml", "--cfg", "yolov5n", "--freeze", "0", "1", "2", "--patience", "7", "--noautoanchor", "--hyp", "hyp.scratch-med.yaml"]
+    config = cli.train_config(cli.build_parser().parse_args(["train", *words]))
+    assert (config.recipe.freeze, config.recipe.patience, config.recipe.autoanchor, config.hyp.scale) == ("0,1,2", 7, False, 0.9)
 
 
 def test_a_dry_run_prints_what_would_run(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,9 +63,36 @@ def test_hyper_file_of_yolov5_runs_unchanged(tmp_path: Path) -> None:
 
 def test_unknown_hyper_is_named_with_its_file(tmp_path: Path) -> None:
     file = tmp_path / "hyp.yaml"
-    file.write_text("momentun: 0.9\n")
-    with pytest.raises(InputError, match=r"hyp\.yaml: unknown key 'momentun'; did you mean 'momentum'"):
+    file.write_text("momentun: 0.9\nlr0: 0.01\nalbumentation: 3\n")
+    with pytest.raises(InputError, match=r"hyp\.yaml: unknown keys 'momentun' \(did you mean 'momentum'\?\), 'albumentation' \("):
         configuration.load_hyper(Config(), file)
+
+
+@pytest.mark.parametrize("name", configuration.PRESETS)
+def test_presets_are_whole_hyper_parameter_files(name: str) -> None:
+    """Every key that a preset leaves out would silently be that of another preset."""
+    given = configuration.read_yaml(configuration.hyper_file(name), "a preset")
+    assert given.keys() | {"anchors"} == {field.name for field in dataclasses.fields(Hyper)}
+    hyper = configuration.load_hyper(Config(), name).hyp
+    assert {key: getattr(hyper, key) for key in given} == given
+
+
+def test_the_low_preset_is_the_default_and_yolov5_names_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert configuration.load_hyper(Config(hyp=Hyper(lr0=5)), "low").hyp == Hyper()
+    assert configuration.hyper_file("hyp.scratch-low.yaml") == configuration.hyper_file("low")
+    assert configuration.hyper_file("data/hyps/hyp.VOC.yaml") == configuration.hyper_file("voc")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "low").write_text("lr0: 0.5")
+    assert configuration.load_hyper(Config(), "low").hyp == Hyper(lr0=0.5)  # a file goes before a name
+    with pytest.raises(InputError, match=r"--hyp lower: no such file, and no preset; presets: low, med"):
+        configuration.load_hyper(Config(), "lower")
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("", ()), ("0", ()), ("3", (0, 1, 2)), ("0,1,5", (0, 1, 5)), ("5 2", (2, 5)), ("1,1", (1,))]
+)
+def test_layers_to_freeze_as_yolov5_names_them(text: str, layers: tuple[int, ...]) -> None:
+    assert configuration.frozen_layers(text) == layers
 
 
 @pytest.mark.parametrize(("content", "words"), [("a: [1", "not valid yaml"), ("- 1", "no keys"), (None, "no such file")])
@@ -86,6 +113,11 @@ def test_unreadable_yaml(tmp_path: Path, content: str | None, words: str) -> Non
         ("hyp.lr0", float("nan"), "at least 0"),
         ("hyp.copy_paste", 0.1, "not supported yet"),
         ("precision", "fp8", "fp32"),
+        ("recipe.activation", "selu", "did you mean 'silu'"),
+        ("recipe.box_loss", "iou", "ciou"),
+        ("recipe.freeze", "backbone", "a number of layers"),
+        ("recipe.freeze", "3,-1", "a number of layers"),
+        ("recipe.patience", -1, "at least 0"),
         ("data", "", "no data set"),
         ("cfg", "", "no model"),
     ],
@@ -93,6 +125,11 @@ def test_unreadable_yaml(tmp_path: Path, content: str | None, words: str) -> Non
 def test_values_that_no_run_could_use(key: str, value: object, words: str) -> None:
     with pytest.raises(InputError, match=words):
         validate(override(USABLE, {key: value}, "test"))
+
+
+def test_new_anchors_need_autoanchor() -> None:
+    with pytest.raises(InputError, match="leave one of the two out"):
+        validate(override(USABLE, {"hyp.anchors": 3, "recipe.autoanchor": False}, "test"))
 
 
 def test_defaults_are_usable() -> None:

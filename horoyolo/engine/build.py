@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from horoyolo.compression.base import Compressor
 from horoyolo.compression.build import build_compressor
 from horoyolo.compression.dense import ExactSum
 from horoyolo.compression.feedback import ErrorFeedback
-from horoyolo.config import Comms, Config, Optim
+from horoyolo.config import Comms, Config, Optim, frozen_layers
 from horoyolo.data.build import build_eval_data, build_sampler, build_train_data, describe_input
 from horoyolo.data.loader import build_eval_loader, build_train_loader, choose_num_workers
 from horoyolo.data.sampler import Sampler
@@ -30,14 +30,15 @@ from horoyolo.engine.checkpoint import read_rank_state, save_checkpoint, save_ra
 from horoyolo.engine.device import Numerics
 from horoyolo.engine.evaluate import evaluate
 from horoyolo.engine.loss_scale import LossScale
+from horoyolo.engine.recipe import class_counts, imbalance_notes, settle_anchors
 from horoyolo.engine.runs import Run
 from horoyolo.engine.schedule import Schedule
 from horoyolo.engine.state import Progress, TrainState
 from horoyolo.files import atomic_file
 from horoyolo.model.ema import EMA
-from horoyolo.model.loss import DetectionLoss, scale_gains
+from horoyolo.model.loss import DetectionLoss, class_weights_from, scale_gains
 from horoyolo.model.weights import load_matching, model_from_weights, read_weights, save_weights
-from horoyolo.model.yolo import YOLO, load_layer_table, model_from_table
+from horoyolo.model.yolo import ACTIVATION_NAMES, YOLO, load_layer_table, model_from_table, with_anchors
 
 log = logging.getLogger("horoyolo")
 
@@ -60,6 +61,7 @@ class Training:
     schedule: Schedule
     sampler: Sampler
     loader: DataLoader
+    train_split: Split
     val_split: Split
     val_loader: DataLoader
     progress: Progress
@@ -98,7 +100,7 @@ class Training:
             path = self.run.folder / "metrics.json"
             known = json.loads(path.read_text()) if path.exists() else {}
             with atomic_file(path, "w") as stream:
-                json.dump(known | dict.fromkeys(names, metrics), stream, indent=1)
+                json.dump(known | dict.fromkeys(names, metrics) | imbalance_notes(self.config, self.loss, self.model.names), stream, indent=1)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes a checkpoint on rank 0, and on every worker what only it knows. A full disk stops no training: the files before stay good."""
@@ -148,21 +150,27 @@ def build_model_for(config: Config, num_classes: int, names: dict[int, str]) -> 
     """The model that ``--cfg`` and ``--weights`` ask for, on the CPU, initialised from the run's seed (InputError: unknown or unreadable)."""
     weights = read_weights(config.weights) if config.weights else None
     table = load_layer_table(config.cfg) if config.cfg else model_from_weights(config.weights)[0].table
+    if config.recipe.activation:
+        table = {**table, "activation": ACTIVATION_NAMES[config.recipe.activation]}
+    if config.hyp.anchors:
+        table = with_anchors(table, max(round(config.hyp.anchors), 1))
     torch.manual_seed(config.seed)
     model = model_from_table(table, num_classes, names)
     if weights is not None:
         # As in YOLOv5, anchors come from --cfg where it is given.
-        report = load_matching(model, weights.tensors, skip_anchors=bool(config.cfg))
+        report = load_matching(model, weights.tensors, skip_anchors=bool(config.cfg or config.hyp.anchors))
         log.info("weights %s: %d of %d tensors taken", config.weights, report.loaded, report.total)
         for line in report.left_out:
             log.info("  left out: %s", line)
+    model.freeze(frozen_layers(config.recipe.freeze))
     return model
 
 
 def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, model: YOLO, train_split: Split, val_split: Split) -> Training:
     """Places the parts in each other's reach, restores a resumed state, and gives all workers rank 0's weights."""
-    sync_bn = config.comms.sync_bn
-    if sync_bn:
+    if comm.rank() == 0 and run.resumed is None:
+        settle_anchors(model, train_split, config)
+    if config.comms.sync_bn:
         convert_sync_bn(model, comm)
     model = model.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     stride = max(model.strides)
@@ -193,7 +201,7 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
         numerics=numerics,
         run=run,
         model=model.train(),
-        loss=build_loss(config, model),
+        loss=build_loss(config, model, class_counts(train_split, model.num_classes)),
         ema=ema,
         optimizer=optimizer,
         loss_scale=loss_scale,
@@ -202,6 +210,7 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
         schedule=schedule,
         sampler=sampler,
         loader=build_train_loader(build_train_data(config, train_split), sampler, comm, num_workers, pin_memory),
+        train_split=train_split,
         val_split=val_split,
         val_loader=build_eval_loader(build_eval_data(config, val_split, stride), config.batch, comm, num_workers, pin_memory),
         progress=progress,
@@ -249,9 +258,13 @@ def describe_compression(comms: Comms) -> str:
     return ", ".join(f"{name}={getattr(comms, name)}" for name in names)
 
 
-def build_loss(config: Config, model: YOLO) -> DetectionLoss:
-    """The loss with its gains scaled by layers, classes and image size, as YOLOv5's training does."""
-    hyper = config.hyp
+def build_loss(config: Config, model: YOLO, counts: Tensor | None = None) -> DetectionLoss:
+    """The loss with its gains scaled by layers, classes and image size, as YOLOv5's training does.
+
+    ``counts`` (num_classes,), the training boxes of each class, are what class weights are made of.
+    """
+    hyper, power = config.hyp, config.recipe.class_weights
+    weights = class_weights_from(counts, power).to(model.anchors.device) if power and counts is not None else None
     box, obj, cls = scale_gains(hyper.box, hyper.obj, hyper.cls, len(model.strides), model.num_classes, config.img)
     return DetectionLoss(
         anchors=model.anchors,
@@ -264,18 +277,23 @@ def build_loss(config: Config, model: YOLO) -> DetectionLoss:
         anchor_t=hyper.anchor_t,
         label_smoothing=hyper.label_smoothing,
         fl_gamma=hyper.fl_gamma,
+        box_loss=config.recipe.box_loss,
+        class_weights=weights,
     )
 
 
-def build_optimizer(model: nn.Module, optim: Optim, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    """SGD or AdamW over three groups: weights, which decay; scales of normalisation layers and biases, which do not."""
-    groups: dict[str, list[nn.Parameter]] = {"weight": [], "norm": [], "bias": []}
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            kind = "bias" if name.endswith("bias") else "norm" if param.ndim == 1 else "weight"
-            groups[kind].append(param)
+def build_optimizer(model: YOLO, optim: Optim, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    """SGD or AdamW over three kinds of parameters, of the backbone and of the head: weights, which decay; scales of normalisation layers and
+    biases, which do not. Frozen ones are in no group.
+    """
+    groups: dict[tuple[str, str], list[nn.Parameter]] = {(part, kind): [] for part in ("backbone", "head") for kind in ("weight", "norm", "bias")}
+    for number, layer in enumerate(model.model):
+        part = "backbone" if number < model.num_backbone else "head"
+        for name, param in layer.named_parameters():
+            if param.requires_grad:
+                groups[part, "bias" if name.endswith("bias") else "norm" if param.ndim == 1 else "weight"].append(param)
     decays = {"weight": weight_decay, "norm": 0.0, "bias": 0.0}
-    options = [{"params": params, "kind": kind, "weight_decay": decays[kind]} for kind, params in groups.items() if params]
+    options = [{"params": params, "part": part, "kind": kind, "weight_decay": decays[kind]} for (part, kind), params in groups.items() if params]
     # One fused pass over parameter, gradient and momentum: on a CPU several times the speed of the plain loop.
     if optim.optimizer == "adamw":
         return torch.optim.AdamW(options, lr=lr, betas=(momentum, 0.999), fused=True)

@@ -25,7 +25,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class Schedule:
-    """YOLOv5's recipe: a warm-up by global batch in which biases start fast and weights at zero, then a decay by epoch."""
+    """YOLOv5's recipe: a warm-up by global batch in which biases start fast and weights at zero, then a decay by epoch.
+
+    The loss is summed over images, so that with plain SGD a step grows with the images of an update: up to the nominal batch, to which updates
+    accumulate, ``lr0`` needs no scaling. Beyond it steps would grow in proportion; the noise of gradients, which bounds them, shrinks only by the
+    square root (Krizhevsky 2014, One weird trick, section 5; Hoffer et al. 2017, Train longer, generalize better, section 4). So steps grow by
+    the square root, and warm-up lasts as many times the images (Goyal et al. 2017, Accurate, Large Minibatch SGD, section 2.2).
+    """
 
     hyper: Hyper
     optim: Optim
@@ -34,11 +40,35 @@ class Schedule:
     batches_per_epoch: int
 
     @property
+    def beyond_nominal(self) -> float:
+        """The global batch in nominal batches, 1 up to there and where there is none."""
+        return max(self.batch / self.optim.nominal_batch, 1.0) if self.optim.nominal_batch else 1.0
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate before decay: ``lr0`` times the square-root rule's factor.
+
+        Adam divides by the gradient's size: its steps do not grow by themselves, SGD's do in proportion.
+        """
+        return self.hyper.lr0 * self._rule
+
+    @property
+    def _rule(self) -> float:
+        return math.sqrt(self.beyond_nominal) if self.optim.optimizer == "adamw" else 1 / math.sqrt(self.beyond_nominal)
+
+    @property
+    def clip_norm(self) -> float:
+        """Largest global norm of an update's gradient; ``optim.clip_norm`` is meant for the nominal batch, and gradients are sums over images."""
+        return self.optim.clip_norm * self.beyond_nominal
+
+    @property
     def warmup_batches(self) -> int:
         """Global batches of warm-up; 0 when it is turned off."""
         if self.hyper.warmup_epochs == 0:
             return 0
-        return max(round(self.hyper.warmup_epochs * self.batches_per_epoch), SHORTEST_WARMUP_BATCHES)
+        longer = math.sqrt(self.beyond_nominal)
+        shortest = SHORTEST_WARMUP_BATCHES / self.beyond_nominal  # as many images as with the nominal batch
+        return round(max(round(self.hyper.warmup_epochs * self.batches_per_epoch), shortest) * longer)
 
     @property
     def full_accumulate(self) -> int:
@@ -60,7 +90,7 @@ class Schedule:
 
     def at(self, epoch: int, step: int) -> Rates:
         """The rates of global batch ``step``, counted from the start of the run, that lies in ``epoch``."""
-        lr = self.hyper.lr0 * self.decay(epoch)
+        lr = self.peak_lr * self.decay(epoch)
         if step >= self.warmup_batches:
             return Rates(lr, lr, self.hyper.momentum, self.full_accumulate)
 
@@ -70,4 +100,5 @@ class Schedule:
             return start + (end - start) * done
 
         accumulate = max(1, round(warm(1, self.optim.nominal_batch / self.batch)))
-        return Rates(warm(0, lr), warm(self.hyper.warmup_bias_lr, lr), warm(self.hyper.warmup_momentum, self.hyper.momentum), accumulate)
+        bias_lr = warm(self.hyper.warmup_bias_lr * self._rule, lr)
+        return Rates(warm(0, lr), bias_lr, warm(self.hyper.warmup_momentum, self.hyper.momentum), accumulate)

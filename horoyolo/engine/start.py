@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import torch
@@ -18,6 +18,7 @@ from horoyolo.distributed.comm import Comm, open_comm
 from horoyolo.engine.build import build_model_for, build_training
 from horoyolo.engine.device import cycle_time_ms, numerics_for, pick_device
 from horoyolo.engine.runs import open_run
+from horoyolo.engine.state import Progress
 from horoyolo.engine.stop import stop_on_signals
 from horoyolo.engine.train import train
 from horoyolo.engine.watch import build_hooks
@@ -45,8 +46,8 @@ def start_training(config: Config, on_ready: Callable[[], None]) -> bool:
     train_split, val_split = once_per_host(comm, lambda: (scan_split(spec, "train"), scan_split(spec, "val")))
     check_agreement(comm, train_split.content_hash + val_split.content_hash)
     run = comm.broadcast_object(open_run(config) if comm.rank() == 0 else None)
-    if run.resumed is not None and run.resumed["sampler"]["epoch"] >= config.epochs:
-        log.info("%s: finished already, after %d epochs", run.folder, config.epochs)
+    if run.resumed is not None and is_finished(run.resumed, config):
+        log.info("%s: finished already, after %d epochs", run.folder, run.resumed["sampler"]["epoch"])
         return True
 
     job = build_training(config, comm, numerics, run, model, train_split, val_split)
@@ -63,6 +64,11 @@ def start_training(config: Config, on_ready: Callable[[], None]) -> bool:
     comm.barrier()  # nobody leaves while rank 0 still writes: a launcher takes the first exit for the end
     comm.close()
     return finished
+
+
+def is_finished(state: dict[str, Any], config: Config) -> bool:
+    """Whether a checkpoint's state has nothing left to train: all epochs are done, or scores no longer rose."""
+    return state["sampler"]["epoch"] >= config.epochs or Progress(**state["progress"]).out_of_patience(config.recipe.patience)
 
 
 def once_per_host(comm: Comm, scan: Callable[[], T]) -> T:

@@ -24,6 +24,8 @@ class Progress:
     last_update_step: int = 0  # value of step after the newest update
     skipped_updates: int = 0  # updates in a row that were left out because their gradient was not finite
     best_fitness: float = -1.0
+    best_epoch: int = 0  # the newest that scored no worse than any before it
+    scored_epoch: int = 0  # the newest that was evaluated
     epoch_losses: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # box, obj, cls, summed over the epoch's images so far
     epoch_images: int = 0
 
@@ -32,6 +34,18 @@ class Progress:
         self.step += 1
         self.epoch_images += images
         self.epoch_losses = [total + loss * images for total, loss in zip(self.epoch_losses, losses, strict=True)]
+
+    def score(self, epoch: int, fitness: float) -> bool:
+        """Notes an evaluated epoch; whether it is the best so far. An equal one counts as no worse: a fresh model scores 0 for a while."""
+        is_best = fitness > self.best_fitness
+        if fitness >= self.best_fitness:
+            self.best_fitness, self.best_epoch = fitness, epoch
+        self.scored_epoch = epoch
+        return is_best
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether ``patience`` epochs (0: endless) went by without a better score. All workers agree: they know the same scores."""
+        return 0 < patience <= self.scored_epoch - self.best_epoch
 
     def epoch_means(self) -> list[float]:
         """The epoch's losses per image so far (box, obj, cls)."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from horoyolo.distributed.syncbn import average_bn_buffers
 from horoyolo.engine.build import Training
 from horoyolo.engine.hooks import EpochRecord, Hook, StepRecord
+from horoyolo.engine.schedule import Rates
 from horoyolo.engine.stop import StopRequest
 from horoyolo.model.yolo import YOLO
 
@@ -28,7 +29,7 @@ class TrainingError(RuntimeError):
 
 
 def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> bool:
-    """Trains to the last epoch. True: done; False: stopped on request, with a checkpoint to resume from."""
+    """Trains to the last epoch, or until scores no longer rise. True: done; False: stopped on request, with a checkpoint to resume from."""
     for hook in hooks:
         hook.before_train()
     try:
@@ -45,6 +46,10 @@ def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> bool:
             epoch_record = finish_epoch(job, epoch, started_s)
             for hook in hooks:
                 hook.after_epoch(epoch_record)
+            if job.progress.out_of_patience(job.config.recipe.patience):
+                best, patience = job.progress.best_epoch + 1, job.config.recipe.patience
+                log.info("no better score for %d epochs: training ends; epoch %d was the best (--patience)", patience, best)
+                break
     finally:
         for hook in hooks:
             hook.after_train()
@@ -69,7 +74,7 @@ def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> 
     last_of_epoch = sampler.consumed + global_batch == sampler.num_samples
     rates = job.schedule.at(epoch, progress.step)
     update_due = last_of_epoch or progress.step + 1 - progress.last_update_step >= rates.accumulate
-    set_rates(job.optimizer, rates.lr, rates.bias_lr, rates.momentum)
+    set_rates(job.optimizer, rates, job.config.optim.backbone_lr)
 
     # What the loss is divided by depends on labels and anchors alone: it is summed over workers while forward runs.
     started_s = time.perf_counter()
@@ -137,14 +142,15 @@ def known_ahead(job: Training, batch: Any, stop_pending: bool) -> Tensor:
     return torch.cat([positives.double().cpu(), torch.tensor([batch.crc, stop_pending], dtype=torch.float64)])
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, bias_lr: float, momentum: float) -> None:
-    """Sets the rates of this step; the group of biases has one of its own."""
+def set_rates(optimizer: torch.optim.Optimizer, rates: Rates, backbone_lr: float) -> None:
+    """Sets the rates of this step; biases have one of their own, and layers of the backbone ``backbone_lr`` times what the head has."""
     for group in optimizer.param_groups:
-        group["lr"] = bias_lr if group["kind"] == "bias" else lr
+        lr = rates.bias_lr if group["kind"] == "bias" else rates.lr
+        group["lr"] = lr * backbone_lr if group["part"] == "backbone" else lr
         if "momentum" in group:
-            group["momentum"] = momentum
+            group["momentum"] = rates.momentum
         else:
-            group["betas"] = (momentum, group["betas"][1])
+            group["betas"] = (rates.momentum, group["betas"][1])
 
 
 def apply_update(job: Training, norm: float) -> None:
@@ -154,7 +160,7 @@ def apply_update(job: Training, norm: float) -> None:
     """
     finite = math.isfinite(norm)
     if finite:
-        largest = job.config.optim.clip_norm
+        largest = job.schedule.clip_norm
         if 0 < largest < norm:
             torch._foreach_mul_([bucket.flat for bucket in job.exchange.buckets], largest / norm)
         job.optimizer.step()
@@ -183,9 +189,7 @@ def finish_epoch(job: Training, epoch: int, started_s: float) -> EpochRecord:
         metrics, val_losses = job.evaluate(ema)
         metrics["epoch"] = epoch
         job.heed(metrics)
-    is_best = metrics is not None and fitness(metrics) > progress.best_fitness
-    if is_best:
-        progress.best_fitness = fitness(metrics)
+    is_best = metrics is not None and progress.score(epoch, fitness(metrics))
     job.save_weights(ema, epoch, metrics, is_best)
     job.save_checkpoint(whole_state(job))
     val = val_losses or (None, None, None)
@@ -208,15 +212,15 @@ def finish_epoch(job: Training, epoch: int, started_s: float) -> EpochRecord:
     )
 
 
-def fitness(metrics: dict[str, Any] | None) -> float:
+def fitness(metrics: dict[str, Any]) -> float:
     """One figure to choose the best epoch by, YOLOv5's: mostly AP over all IoU thresholds."""
-    return 0.1 * metrics["map50"] + 0.9 * metrics["map50_95"] if metrics else -1.0
+    return 0.1 * metrics["map50"] + 0.9 * metrics["map50_95"]
 
 
 def averaged(model: YOLO, job: Training) -> YOLO:
     """A copy of ``model`` with BatchNorm statistics averaged over workers; every worker must call it."""
     model = copy.deepcopy(model)
-    average_bn_buffers(model, job.comm)
+    average_bn_buffers(model.learning_layers(), job.comm)
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from horoyolo.engine.build import Training
 from horoyolo.engine.hooks import EPOCH_COLUMNS, STEP_COLUMNS, EpochRecord, Hook, StepRecord
 from horoyolo.engine.ledger import KeepLedger
+from horoyolo.engine.recipe import class_counts, recipe_lines
 from horoyolo.report.monitor import CsvWriter, Progress, TensorBoardWriter, Writer
 from horoyolo.report.plots import plot_batch, plot_curves
 
@@ -24,7 +25,20 @@ def build_hooks(job: Training) -> list[Hook]:
     everywhere: list[Hook] = [TellUnreadable(), KeepLedger(job)]
     if job.comm.rank() != 0:
         return everywhere
-    return [*everywhere, RecordFigures(job), ShowProgress(job), DrawPlots(job)]
+    return [*everywhere, TellRecipe(job), RecordFigures(job), ShowProgress(job), DrawPlots(job)]
+
+
+class TellRecipe(Hook):
+    """At the start, what is out of the ordinary about the recipe."""
+
+    def __init__(self, job: Training) -> None:
+        self._job = job
+
+    def before_train(self) -> None:
+        job = self._job
+        counts = class_counts(job.train_split, job.model.num_classes)
+        for line in recipe_lines(job.config, job.model, job.loss, job.schedule, counts):
+            log.info("%s", line)
 
 
 class RecordFigures(Hook):

@@ -1,7 +1,7 @@
 """The detection loss of YOLOv5, normalised so that the shares of a batch sum to the loss of the whole.
 
 A label is matched to every anchor of about its own size, in the cell of its centre and in up to two neighbours of it; matched cells learn
-the box (CIoU) and the class, all cells learn as objectness the IoU their box reached.
+the box (CIoU by default) and the class, all cells learn as objectness the IoU their box reached.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ class Matches(NamedTuple):
 class DetectionLoss(nn.Module):
     """Box, objectness and class loss of heads against labels.
 
-    ``anchors`` (num_layers, num_anchors, 2) are in cells. Gains are applied as given (see `scale_gains`); ``cls_pw`` and ``obj_pw`` weigh
+    ``anchors`` (num_layers, num_anchors, 2) are in cells and the model's own tensor: anchors that are fitted or restored later count here too.
+    ``box_loss`` is the overlap that boxes learn: ciou, diou or giou. ``class_weights`` (num_classes,) multiply what the boxes of each class
+    cost as members of it (see `class_weights_from`). Gains are applied as given (see `scale_gains`); ``cls_pw`` and ``obj_pw`` weigh
     the positives of the two BCEs, ``anchor_t`` is the largest ratio between a label's side and its anchor's, ``fl_gamma`` above 0 turns
     both BCEs into focal losses.
     """
 
     anchors: Tensor
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -53,9 +56,12 @@ class DetectionLoss(nn.Module):
         anchor_t: float = 4.0,
         label_smoothing: float = 0.0,
         fl_gamma: float = 0.0,
+        box_loss: str = "ciou",
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.register_buffer("anchors", anchors.detach().clone().float(), persistent=False)
+        self.register_buffer("anchors", anchors.detach(), persistent=False)
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.num_classes = num_classes
         self.gains = (box, obj, cls)
         self.obj_pw = obj_pw
@@ -63,6 +69,7 @@ class DetectionLoss(nn.Module):
         self.anchor_t = anchor_t
         self.label_smoothing = label_smoothing
         self.fl_gamma = fl_gamma
+        self.box_loss = box_loss
         self.balance = _BALANCE.get(len(anchors), _BALANCE_DEEP)[: len(anchors)]
 
     def count_positives(self, targets: Tensor, grids_hw: Sequence[tuple[int, int]]) -> Tensor:
@@ -94,7 +101,7 @@ class DetectionLoss(nn.Module):
             matched = F.embedding(index, rows).float()  # (n, outputs)
 
             boxes_xywh = torch.cat((matched[:, 0:2].sigmoid() * 2 - 0.5, (matched[:, 2:4].sigmoid() * 2) ** 2 * anchors[match.anchor]), 1)
-            iou = bbox_iou(boxes_xywh, match.boxes_xywh)  # (n,)
+            iou = bbox_iou(boxes_xywh, match.boxes_xywh, self.box_loss)  # (n,)
             box_loss = box_loss + (1 - iou).sum() / positives
 
             wanted = _last_written(len(rows), index, iou.detach().clamp(min=0))  # (B*H*W*num_anchors,)
@@ -103,16 +110,17 @@ class DetectionLoss(nn.Module):
 
             if self.num_classes > 1:
                 low, high = 0.5 * self.label_smoothing, 1 - 0.5 * self.label_smoothing
+                row_weight = None if self.class_weights is None else self.class_weights[match.label][:, None]
                 classes = F.one_hot(match.label, self.num_classes) * (high - low) + low  # (n, num_classes)
-                cls_loss = cls_loss + self._bce_sum(matched[:, 5:], classes, self.cls_pw) / (positives * self.num_classes)
+                cls_loss = cls_loss + self._bce_sum(matched[:, 5:], classes, self.cls_pw, row_weight) / (positives * self.num_classes)
         box_gain, obj_gain, cls_gain = self.gains
         return torch.stack((box_loss * box_gain, obj_loss * obj_gain, cls_loss * cls_gain))
 
-    def _bce_sum(self, logits: Tensor, wanted: Tensor, positive_weight: float) -> Tensor:
+    def _bce_sum(self, logits: Tensor, wanted: Tensor, positive_weight: float, row_weight: Tensor | None = None) -> Tensor:
         weight = None if positive_weight == 1 else logits.new_tensor(positive_weight)
         if self.fl_gamma == 0:
-            return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight, reduction="sum")
-        bce = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight, reduction="none")
+            return F.binary_cross_entropy_with_logits(logits, wanted, row_weight, pos_weight=weight, reduction="sum")
+        bce = F.binary_cross_entropy_with_logits(logits, wanted, row_weight, pos_weight=weight, reduction="none")
         return (focal_weight(logits, wanted, self.fl_gamma) * bce).sum()
 
 
@@ -122,6 +130,15 @@ def focal_weight(logits: Tensor, wanted: Tensor, gamma: float, alpha: float = 0.
     p_t = wanted * scores + (1 - wanted) * (1 - scores)
     alpha_t = wanted * alpha + (1 - wanted) * (1 - alpha)
     return alpha_t * (1 - p_t) ** gamma
+
+
+def class_weights_from(counts: Tensor, power: float) -> Tensor:
+    """Weights (num_classes,) that fall with a class's number of boxes (num_classes,) to ``power``; their mean over all boxes is 1.
+
+    0.5 evens out half of an imbalance on a logarithmic scale, 1 all of it.
+    """
+    weights = counts.double().clamp(min=1) ** -power
+    return (weights * counts.sum() / (weights * counts).sum().clamp(min=torch.finfo(torch.float64).tiny)).float()
 
 
 def match_targets(targets: Tensor, anchors: Tensor, grid_hw: tuple[int, int], anchor_t: float) -> Matches:

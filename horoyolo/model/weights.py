@@ -67,7 +67,7 @@ def save_weights(path: str | Path, model: YOLO, meta: Mapping[str, Any] | None =
         "format": FORMAT,
         "kind": "weights",
         "model": model.state_dict(),
-        "cfg": model.table,
+        "cfg": {**model.table, "anchors": model.anchors_px.flatten(1).tolist()},  # which may have been fitted to the data
         "num_classes": model.num_classes,
         "names": model.names,
     }

@@ -9,7 +9,7 @@ import copy
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from horoyolo.model.blocks import ACTIVATIONS, BLOCKS, C3, BottleneckCSP, Concat
 SIZES = {"n": (0.33, 0.25), "s": (0.33, 0.50), "m": (0.67, 0.75), "l": (1.0, 1.0), "x": (1.33, 1.25)}  # depth, width
 MODELS = tuple(f"yolov5{size}{suffix}" for suffix in ("", "6") for size in SIZES)
 IMAGE_CHANNELS = 3
+
+# What a configuration calls an activation, and what a table does; 0.1 is the slope of YOLO's leaky units (Redmon & Farhadi 2018, YOLOv3).
+ACTIVATION_NAMES = {"silu": "nn.SiLU()", "relu": "nn.ReLU()", "leakyrelu": "nn.LeakyReLU(0.1)", "hardswish": "nn.Hardswish()"}
 
 _WORDS: dict[str, Any] = {"None": None, "True": True, "False": False}
 _UNSCALED = (nn.Upsample, nn.MaxPool2d, nn.ZeroPad2d)  # blocks that keep the number of channels and take the table's arguments as they are
@@ -41,6 +44,8 @@ class YOLO(nn.Module):
         self.table = copy.deepcopy(dict(table))
         self.num_classes = int(table["nc"])
         self.names = dict(names or {i: str(i) for i in range(self.num_classes)})
+        self.frozen: tuple[int, ...] = ()
+        self.num_backbone = len(table["backbone"])  # layers before the head
         layers, self.sources = _build_layers(self.table)
         self.model = nn.Sequential(*layers)
         self._kept = {source for sources in self.sources for source in sources}
@@ -60,6 +65,44 @@ class YOLO(nn.Module):
     def anchors(self) -> Tensor:
         """Widths and heights (num_layers, num_anchors, 2) in cells of each layer's grid; times the stride: pixels."""
         return self.detect.anchors
+
+    @property
+    def anchors_px(self) -> Tensor:
+        """The same in pixels."""
+        return self.anchors * self.anchors.new_tensor(self.strides)[:, None, None]
+
+    def set_anchors(self, anchors_px: Tensor) -> None:
+        """Takes other anchors (num_layers * num_anchors, 2) in pixels, the small ones for the layers of small strides."""
+        by_area = anchors_px[anchors_px.prod(1).argsort(stable=True)].view_as(self.anchors).to(self.anchors)
+        with torch.no_grad():
+            for rank, layer in enumerate(sorted(range(len(self.strides)), key=self.strides.__getitem__)):
+                self.anchors[layer].copy_(by_area[rank] / self.strides[layer])
+
+    def freeze(self, layers: Iterable[int]) -> None:
+        """Layers (their numbers in the table) that stay as they are: no gradients, BatchNorm by its running statistics in training too.
+
+        Raises InputError for a number beyond the table, and where no layer is left to learn.
+        """
+        self.frozen = tuple(layers)
+        last = len(self.model) - 1
+        if any(number > last for number in self.frozen):
+            raise InputError(f"freeze: layer {max(self.frozen)} is beyond those of the model, 0 to {last}")
+        for number in self.frozen:
+            self.model[number].requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise InputError(f"freeze: all {last + 1} layers of the model; at least one must be left to learn")
+        self.train(self.training)
+
+    def learning_layers(self) -> nn.ModuleList:
+        """The layers that are not frozen."""
+        return nn.ModuleList(layer for number, layer in enumerate(self.model) if number not in self.frozen)
+
+    def train(self, mode: bool = True) -> YOLO:
+        """As of any module, but for frozen layers, which stay in eval mode."""
+        super().train(mode)
+        for number in self.frozen:
+            self.model[number].eval()
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Raw logits, one tensor (B, num_anchors, H, W, 5 + num_classes) a layer: x, y, w, h, objectness, classes."""
@@ -123,6 +166,11 @@ def model_from_table(table: Mapping[str, Any], num_classes: int | None = None, n
     if not isinstance(nc, int) or nc < 1:
         raise InputError(f"model table: nc is {nc!r}, a number of classes from 1 up is needed")
     return YOLO({**table, "nc": nc}, names)
+
+
+def with_anchors(table: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The table with ``count`` anchors a layer, of sizes that mean nothing yet: they must be fitted to a data set."""
+    return {**table, "anchors": [[8.0 * 2**layer] * 2 * count for layer in range(len(_checked_anchors(table["anchors"])))]}
 
 
 def load_layer_table(cfg: str) -> dict[str, Any]:

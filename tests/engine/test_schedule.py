@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from horoyolo.config import Hyper, Optim
 from horoyolo.engine.schedule import Schedule
@@ -51,3 +53,28 @@ def test_accumulation_can_be_turned_off() -> None:
     plan = schedule(nominal_batch=0)
     assert {plan.at(0, step).accumulate for step in range(200)} == {1}
     assert plan.weight_decay == 0.0005
+
+
+@given(st.integers(1, 64), st.sampled_from(["sgd", "adamw"]))
+def test_up_to_the_nominal_batch_nothing_is_scaled(batch: int, optimizer: str) -> None:
+    plan = schedule(batch=batch, optimizer=optimizer)
+    assert (plan.peak_lr, plan.clip_norm, plan.warmup_batches) == (0.01, 10.0, 150)
+
+
+@given(st.integers(64, 4096))
+def test_beyond_the_nominal_batch_steps_grow_by_the_square_root(batch: int) -> None:
+    """Of SGD's update that is rate times images, of Adam's the rate; and warm-up takes as many times the images."""
+    plan, adam = schedule(batch=batch, batches=10000 // batch), schedule(batch=batch, optimizer="adamw")
+    growth = (batch / 64) ** 0.5
+    assert plan.peak_lr * batch == pytest.approx(0.01 * 64 * growth)
+    assert adam.peak_lr == pytest.approx(0.01 * growth)
+    assert plan.clip_norm == pytest.approx(10 * batch / 64)
+    shortest_images = 100 * 64
+    images = max(3 * (10000 // batch) * batch, shortest_images) * growth
+    assert abs(plan.warmup_batches * batch - images) <= batch * (0.5 + 0.5 * growth)
+    assert plan.at(0, 0).bias_lr * batch == pytest.approx(0.1 * 64 * growth)
+
+
+def test_without_a_nominal_batch_rates_are_as_given() -> None:
+    plan = schedule(batch=512, nominal_batch=0)
+    assert (plan.peak_lr, plan.clip_norm, plan.warmup_batches) == (0.01, 10.0, 150)

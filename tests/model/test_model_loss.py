@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from horoyolo.model.loss import DetectionLoss, focal_weight, match_targets, scale_gains
+from horoyolo.model.boxes import bbox_iou
+from horoyolo.model.loss import DetectionLoss, class_weights_from, focal_weight, match_targets, scale_gains
 from horoyolo.model.weights import model_from_weights
 
 ANCHORS = torch.tensor([[[1.2, 1.6], [2.0, 3.7]], [[1.5, 1.0], [2.5, 2.5]], [[1.0, 1.2], [3.0, 2.0]]])
@@ -84,7 +86,8 @@ def share_out(targets: Tensor, sizes: list[int]) -> list[Tensor]:
 def test_shares_sum_to_the_loss_of_the_batch(seed: int, sizes: list[int], count: int) -> None:
     images = sum(sizes)
     targets = random_targets(count if images else 0, images, seed)
-    loss = DetectionLoss(ANCHORS, NUM_CLASSES, label_smoothing=0.1, cls_pw=0.7, obj_pw=1.3)
+    options = {"box_loss": ["ciou", "diou", "giou"][seed % 3], "fl_gamma": seed % 2 * 1.5, "class_weights": torch.tensor([0.5, 1.0, 3.0])}
+    loss = DetectionLoss(ANCHORS, NUM_CLASSES, label_smoothing=0.1, cls_pw=0.7, obj_pw=1.3, **options)
     whole_heads = random_heads(images, seed)
     share_heads = [[part.detach().requires_grad_() for part in head.split(sizes)] for head in whole_heads]
     positives = loss.count_positives(targets, GRIDS_HW)
@@ -170,6 +173,50 @@ def test_focal_weight_by_hand_and_its_effect() -> None:
     a, b = plain(heads, targets, positives, 2), focal(heads, targets, positives, 2)
     assert a[0] == b[0]
     assert (b[1:] < a[1:]).all()
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=6), st.floats(0, 1))
+def test_class_weights_fall_with_the_number_of_boxes(counts: list[int], power: float) -> None:
+    boxes = torch.tensor(counts)
+    weights = class_weights_from(boxes, power).double()
+    if sum(counts):
+        assert float((weights * boxes).sum() / boxes.sum()) == pytest.approx(1, rel=1e-5)
+    for a, b in itertools.pairwise(sorted(range(len(counts)), key=counts.__getitem__)):
+        ratio = (max(counts[b], 1) / max(counts[a], 1)) ** power
+        assert float(weights[a]) == pytest.approx(float(weights[b]) * ratio, rel=1e-5)
+
+
+def test_class_weights_multiply_what_the_boxes_of_a_class_cost() -> None:
+    targets, heads = random_targets(9, 2, 5), random_heads(2, 5)
+    plain, weighted = DetectionLoss(ANCHORS, NUM_CLASSES), DetectionLoss(ANCHORS, NUM_CLASSES, class_weights=torch.tensor([1.0, 2.0, 5.0]))
+    positives = plain.count_positives(targets, GRIDS_HW)
+    costs = []
+    for label in range(NUM_CLASSES):  # of the boxes of one class, over the positives of all
+        own = targets[targets[:, 1] == label]
+        costs.append(plain(heads, own, positives, 2)[2])
+    a, b = plain(heads, targets, positives, 2), weighted(heads, targets, positives, 2)
+    torch.testing.assert_close(a[2], costs[0] + costs[1] + costs[2])
+    torch.testing.assert_close(b[2], costs[0] + 2 * costs[1] + 5 * costs[2])
+    assert torch.equal(a[:2], b[:2])
+
+
+@pytest.mark.parametrize("kind", ["ciou", "diou", "giou"])
+def test_the_box_loss_is_the_chosen_overlap(kind: str) -> None:
+    """One label matched once, worked out by hand from `bbox_iou`."""
+    anchors, targets = torch.tensor([[[2.0, 2.0]]]), torch.tensor([[0, 0, 0.45, 0.45, 0.3, 0.15]])
+    loss = DetectionLoss(anchors, 1, box=1.0, box_loss=kind)
+    head = torch.zeros(1, 1, 10, 10, 6)  # decodes to the cell's centre and the anchor's size
+    box, *_ = loss([head], targets, loss.count_positives(targets, [(10, 10)]), 1)
+    overlap = bbox_iou(torch.tensor([[0.5, 0.5, 2.0, 2.0]]), torch.tensor([[0.5, 0.5, 3.0, 1.5]]), kind)
+    assert float(box) == pytest.approx(1 - float(overlap), rel=1e-5)
+
+
+def test_anchors_that_change_later_count() -> None:
+    anchors = ANCHORS.clone()
+    loss, targets = DetectionLoss(anchors, NUM_CLASSES), random_targets(10, 2, 6)
+    anchors.copy_(ANCHORS * 1.5)
+    fresh = DetectionLoss(ANCHORS * 1.5, NUM_CLASSES)
+    assert torch.equal(loss.count_positives(targets, GRIDS_HW), fresh.count_positives(targets, GRIDS_HW))
 
 
 def test_gains_scale_as_stated() -> None:

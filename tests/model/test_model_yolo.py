@@ -9,8 +9,8 @@ import yaml
 from torch import nn
 
 from horoyolo.config import InputError
-from horoyolo.model.blocks import SPP, SPPF
-from horoyolo.model.yolo import MODELS, YOLO, build_model, fuse_conv_bn, load_layer_table, model_from_table
+from horoyolo.model.blocks import SPP, SPPF, Conv
+from horoyolo.model.yolo import ACTIVATION_NAMES, MODELS, YOLO, build_model, fuse_conv_bn, load_layer_table, model_from_table, with_anchors
 
 TINY = {
     "nc": 2,
@@ -260,3 +260,39 @@ def test_an_unknown_name_names_the_known_ones(cfg: str) -> None:
 def test_an_unknown_name_names_the_nearest() -> None:
     with pytest.raises(InputError, match="nearest is yolov5s"):
         load_layer_table("yolo5s")
+
+
+def test_frozen_layers_do_not_learn_and_keep_their_statistics() -> None:
+    model = model_from_table(TINY)
+    model.freeze([0, 1])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD([param for param in model.parameters() if param.requires_grad], lr=0.1)
+    model.train()
+    sum(head.square().mean() for head in model(torch.rand(2, 3, 64, 64))).backward()
+    optimizer.step()
+    changed = {name.split(".")[1] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"2", "3"}
+    assert [layer.training for layer in model.model] == [False, False, True, True]
+    assert len(model.learning_layers()) == 2
+    assert not any(module.training for module in model.eval().modules())
+
+
+def test_what_can_not_be_frozen() -> None:
+    with pytest.raises(InputError, match="layer 4 is beyond those of the model, 0 to 3"):
+        model_from_table(TINY).freeze([4])
+    with pytest.raises(InputError, match="all 4 layers"):
+        model_from_table(TINY).freeze(range(4))
+
+
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+def test_activations_of_the_configuration_are_those_of_tables(name: str) -> None:
+    model = model_from_table(edited(activation=ACTIVATION_NAMES[name]))
+    kinds = {type(module.act).__name__.lower() for module in model.modules() if isinstance(module, Conv)}
+    assert kinds == {name}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_table_with_another_number_of_anchors(count: int) -> None:
+    model = model_from_table(with_anchors(TINY, count))
+    assert model.anchors.shape == (2, count, 2)
+    assert [head.shape[1] for head in model(torch.rand(1, 3, 64, 64))] == [count, count]
