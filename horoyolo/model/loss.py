@@ -120,8 +120,11 @@ class DetectionLoss(nn.Module):
         weight = None if positive_weight == 1 else logits.new_tensor(positive_weight)
         if self.fl_gamma == 0:
             return F.binary_cross_entropy_with_logits(logits, wanted, row_weight, pos_weight=weight, reduction="sum")
+        # Powers of float32 numbers have other last bits at the end of a buffer, where they are not taken several at a time, and the end is
+        # elsewhere in each share of a batch. In float64 that is lost when the sum and the gradients are rounded.
+        logits, wanted = logits.double(), wanted.double()
         bce = F.binary_cross_entropy_with_logits(logits, wanted, row_weight, pos_weight=weight, reduction="none")
-        return (focal_weight(logits, wanted, self.fl_gamma) * bce).sum()
+        return (focal_weight(logits, wanted, self.fl_gamma) * bce).sum().float()
 
 
 def focal_weight(logits: Tensor, wanted: Tensor, gamma: float, alpha: float = 0.25) -> Tensor:
