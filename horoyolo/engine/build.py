@@ -175,7 +175,8 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
     model = model.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     stride = max(model.strides)
     sampler = build_sampler(config, train_split, stride)
-    schedule = Schedule(config.hyp, config.optim, config.epochs, config.batch, sampler.global_batches_left())
+    batch = min(config.batch, sampler.num_samples)
+    schedule = Schedule(config.hyp, config.optim, config.epochs, batch, sampler.global_batches_left())
     optimizer = build_optimizer(model, config.optim, config.hyp.lr0, config.hyp.momentum, schedule.weight_decay)
     loss_scale = LossScale(enabled=numerics.dtype == torch.float16)
     ema = EMA(model, config.optim.ema_decay, config.optim.ema_tau)

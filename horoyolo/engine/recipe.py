@@ -92,7 +92,7 @@ def recipe_lines(config: Config, model: YOLO, loss: DetectionLoss, schedule: Sch
             lines.append("layers are frozen as they were initialised, at random: --weights would give them something to keep")
     if schedule.beyond_nominal > 1:
         lines.append(
-            f"global batch {config.batch} is {schedule.beyond_nominal:g} times the nominal batch: steps grow by its square root "
+            f"global batch {schedule.batch} is {schedule.beyond_nominal:g} times the nominal batch: steps grow by its square root "
             f"({math.sqrt(schedule.beyond_nominal):.2f}, learning rate {schedule.peak_lr:.4g}), warm-up takes {schedule.warmup_batches} batches"
         )
     return lines
