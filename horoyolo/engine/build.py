@@ -168,11 +168,12 @@ def build_model_for(config: Config, num_classes: int, names: dict[int, str]) -> 
 
 def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, model: YOLO, train_split: Split, val_split: Split) -> Training:
     """Places the parts in each other's reach, restores a resumed state, and gives all workers rank 0's weights."""
-    if comm.rank() == 0 and run.resumed is None:
-        settle_anchors(model, train_split, config)
     if config.comms.sync_bn:
         convert_sync_bn(model, comm)
     model = model.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
+    compressor = pick_compressor(model, config.comms, numerics)
+    if comm.rank() == 0 and run.resumed is None:
+        settle_anchors(model, train_split, config)  # before anything copies the model
     stride = max(model.strides)
     sampler = build_sampler(config, train_split, stride)
     batch = min(config.batch, sampler.num_samples)
@@ -181,7 +182,6 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
     loss_scale = LossScale(enabled=numerics.dtype == torch.float16)
     ema = EMA(model, config.optim.ema_decay, config.optim.ema_tau)
     progress = Progress()
-    compressor = pick_compressor(model, config.comms, numerics)
     state = TrainState(model=model, ema=ema, optimizer=optimizer, loss_scale=loss_scale, sampler=sampler, progress=progress)
     state.add("compressor", CompressorState(describe_compression(config.comms), compressor))
 
