@@ -112,7 +112,6 @@ TRAIN_FLAGS = (
 NOT_YET = (
     *("--nosave", "--noval", "--noplots", "--evolve", "--bucket", "--cache"),
     *("--single-cls", "--quad", "--save-period", "--entity", "--elastic", "--pipeline-stages"),
-    *("--min-np", "--max-np"),
 )
 
 
@@ -249,12 +248,16 @@ def _describe_launch(parser: _Parser) -> None:
 
 
 def _launch(parsed: argparse.Namespace) -> int:
+    from horoyolo.elastic.launch import is_elastic, launch_elastic
     from horoyolo.launch.remote import LaunchError
     from horoyolo.launch.start import chosen_hosts, launch, write_batch
 
     words = parsed.job[1:] if parsed.job[:1] == ["--"] else parsed.job
     if words[:1] != ["train"]:
         raise InputError(f"launch: -- train ... is wanted behind the flags of launch, not {' '.join(words) or 'nothing'!r}")
+    if is_elastic(parsed):
+        check_job(words, parsed.max_np or parsed.min_np)
+        return launch_elastic(parsed, words)
     if parsed.slurm and parsed.script:
         check_job(words, num_workers=1)
         return write_batch(parsed, words)

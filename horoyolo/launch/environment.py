@@ -31,7 +31,7 @@ SECRET = re.compile(r"KEY|SECRET|TOKEN|PASS|PWD|CREDENTIAL|AUTH")
 # Devices are numbered by each machine; the rest is told to a worker by its own launcher, not by one around this launcher.
 OWN = re.compile(
     r"CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES|HOROVOD_(RANK|SIZE|(LOCAL|CROSS)_(RANK|SIZE)|HOSTNAME|ELASTIC)"
-    r"|HOROVOD_GLOO_(RENDEZVOUS_.*|IFACE)|HOROYOLO_STATUS_DIR"
+    r"|HOROVOD_GLOO_(RENDEZVOUS_.*|IFACE)|HOROYOLO_(STATUS_DIR|ELASTIC_FD|SLOTS?|MEMORY)"
 )
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -115,7 +115,7 @@ def threads_here(env: Mapping[str, str], num_cores: int) -> int:
     """Threads for the worker that runs in ``env`` on a machine with ``num_cores``: its share among the workers there, by what launchers say."""
     if env.get("SLURM_STEP_NUM_TASKS") and env.get("SLURM_CPUS_PER_TASK"):
         return int(env["SLURM_CPUS_PER_TASK"])
-    for name in ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
+    for name in ("HOROYOLO_SLOTS", "HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
         if env.get(name):
             return threads_per_worker(int(env[name]), num_cores)
     if env.get("SLURM_STEP_TASKS_PER_NODE"):

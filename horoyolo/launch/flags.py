@@ -10,7 +10,7 @@ from horoyolo.launch.slurm import describe_slurm
 
 def describe_launch(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``launch``: where, how many, by what, and what else to do than start."""
-    describe_hosts(parser)
+    describe_elastic(parser, describe_hosts(parser))
     parser.add_argument("-np", "--num-proc", type=int, default=None, metavar="N", help="workers; by default one a slot, one without hosts")
     parser.add_argument("--launcher", default=None, help="horovodrun (default), mpirun, hydra, or slurm (srun; default with --slurm)")
     parser.add_argument("--transport", default="gloo", choices=("gloo", "mpi"), help="what horovodrun's workers talk by")
@@ -30,8 +30,19 @@ def describe_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", default=None, help="file for all findings and figures")
 
 
-def describe_hosts(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name hosts, the interface between them, and how to log in."""
+def describe_elastic(parser: argparse.ArgumentParser, where: argparse._MutuallyExclusiveGroup) -> None:
+    """Adds the flags of an elastic job, among them more ways to name hosts."""
+    group = parser.add_argument_group("elastic", "workers may die, come and go while the job runs")
+    group.add_argument("--min-np", type=int, default=None, metavar="N", help="make the job elastic: it goes on with as few workers as this")
+    group.add_argument("--max-np", type=int, default=None, metavar="N", help="workers at most; by default one a slot")
+    where.add_argument("--discovery-script", metavar="FILE", help="a program that prints the hosts, HOST:SLOTS one a line; asked again and again")
+    where.add_argument("--kubernetes", action="store_true", help="the pods of this MPIJob, as the MPI Operator lists them")
+    group.add_argument("--slots-per-host", type=int, default=None, metavar="N", help="slots of a host that is listed without a number")
+    group.add_argument("--hang-timeout", type=float, default=None, metavar="S", help="a worker without a sign of life for so long is killed (15)")
+
+
+def describe_hosts(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Adds the flags that name hosts, the interface between them, and how to log in; gives the group of the first ones."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", metavar="FILE", help="hosts and their slots: Open MPI's, MPICH's and PBS's forms")
     where.add_argument("--hosts", "-H", metavar="a:4,b:4", help="hosts and their slots; without any: this machine")
@@ -39,3 +50,4 @@ def describe_hosts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nic", default="", metavar="IF", help="interface between the hosts; by default the one that leads to the first of them")
     parser.add_argument("--ssh-port", type=int, default=None, metavar="N")
     parser.add_argument("--ssh-identity", default="", metavar="FILE", help="private key for ssh")
+    return where

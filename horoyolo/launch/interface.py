@@ -20,11 +20,12 @@ def interface_to(hosts: Sequence[Host]) -> str:
     """
     for host in hosts:
         if not is_local(host.name):
-            return _interface_of(_own_address(host.name))
+            return interface_of(own_address(host.name))
     return ""
 
 
-def _own_address(host: str) -> str:
+def own_address(host: str) -> str:
+    """The IPv4 address from which this machine would send to a host; '' when its name is unknown or there is no route. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))
@@ -33,13 +34,16 @@ def _own_address(host: str) -> str:
         return probe.getsockname()[0]
 
 
-def _interface_of(address: str) -> str:
+def interface_of(address: str) -> str:
+    """The interface of this machine that has an IPv4 address; '' when none has it."""
+    return next((name for _, name in socket.if_nameindex() if address_of(name) == address), "")
+
+
+def address_of(interface: str) -> str:
+    """The IPv4 address of an interface of this machine; '' when there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(control, SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:  # it has no IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return ""
+        try:
+            answer = fcntl.ioctl(control, SIOCGIFADDR, struct.pack("256s", interface.encode()))
+        except OSError:
+            return ""
+    return socket.inet_ntoa(answer[20:24])

@@ -57,7 +57,7 @@ def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun", optio
     program = shutil.which(argv[0], path=env["PATH"])
     if program is None:
         raise InputError(f"{argv[0]} is not installed but needed for {job.num_workers} workers: run scripts/setup.sh, or take -np 1")
-    with _SignalLog() as signals, _started_agents(job, hosts, launcher) as agents:
+    with SignalLog() as signals, _started_agents(job, hosts, launcher) as agents:
         # In a session of its own, so that Ctrl-C reaches the workers through here alone.
         folder = launcher_folder(hosts, launcher)
         process = subprocess.Popen(argv, executable=program, env=env, cwd=folder, start_new_session=True)
@@ -66,7 +66,7 @@ def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun", optio
         return job_status([*agents.statuses, process.returncode, *([1] if agents.lost else [])])
 
 
-class _SignalLog:
+class SignalLog:
     """While it is open, SIGINT and SIGTERM are only noted."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class _SignalLog:
         self.insisted = False  # another one came at least SECOND_SIGNAL_S after the first
         self._first_s = 0.0
 
-    def __enter__(self) -> _SignalLog:
+    def __enter__(self) -> SignalLog:
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -214,7 +214,7 @@ def _missing(agents: _Agents, lines: dict[str, tuple[list[str], int]]) -> list[s
     return [where for where, (_, wanted) in lines.items() if agents.num_ready[where] < wanted]
 
 
-def _attend(process: subprocess.Popen, agents: _Agents, signals: _SignalLog) -> None:
+def _attend(process: subprocess.Popen, agents: _Agents, signals: SignalLog) -> None:
     """Wait for the launcher to end, passing signals on to the workers."""
     told = False
     while process.poll() is None:

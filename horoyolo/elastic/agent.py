@@ -1,0 +1,197 @@
+"""What an elastic job runs on each host: it starts that host's workers, tells the launcher at once when one ends, and outlives them all.
+
+``python -m horoyolo.elastic.agent FOLDER`` talks in messages (``channel.py``) over its own input and output, which ssh carries: no port is
+open, no secret is needed, and no variable of the job stands on a command line. It is told ``{"do": ...}``: ``serve`` (argv, cwd and env of all
+workers), ``start`` (worker, slot, env), ``tell`` (worker, message), ``signal`` (worker, number), ``alive``, ``end``; it says ``{"is": ...}``:
+``ready``, ``said`` (worker, message), ``ended`` (worker, status), ``alive``.
+
+Workers are its children; each has a socket for its messages. The agent leaves no orphan: after ``end``, when its input ends (the launcher or
+its ssh died) or when nothing came for LEASE_S (the network is gone), it kills every process of the job on this host. Such a process has
+FOLDER, the job's tag, in its environment. What an earlier agent of the same job left here is killed at the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from horoyolo.elastic.channel import ALIVE_EVERY_S, FD, LEASE_S, MEMORY, SLOT, Lines, Message, encode
+from horoyolo.launch.agent import kill_job
+from horoyolo.launch.status import STATUS_DIR, reported_statuses
+
+SHARED_MEMORY = Path("/dev/shm")
+POLL_S = 1.0
+
+
+@dataclass
+class _Worker:
+    name: str
+    process: subprocess.Popen
+    channel: socket.socket
+    ended: int  # pidfd: readable when the process has ended
+    lines: Lines = field(default_factory=Lines)
+
+
+class Agent:
+    """The agent of one host and one job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.memory = (SHARED_MEMORY if SHARED_MEMORY.is_dir() else folder.parent) / f"{folder.name}-memory"
+        self._workers: dict[str, _Worker] = {}
+        self._job: Message = {}
+        self._told = Lines()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(0, selectors.EVENT_READ, self._hear_launcher)
+
+    def serve(self) -> None:
+        """Do what the launcher says until it says ``end`` or is gone."""
+        self._heard_s = time.monotonic()
+        alive_s = 0.0
+        self._wanted = True
+        while self._wanted and time.monotonic() - self._heard_s < LEASE_S:
+            if time.monotonic() - alive_s > ALIVE_EVERY_S:
+                alive_s = time.monotonic()
+                say({"is": "alive"})
+                for worker in self._workers.values():
+                    tell(worker, {"tell": "alive"})
+            for key, _ in self._selector.select(POLL_S):
+                if key.fileobj in self._selector.get_map():  # not yet done with in this round
+                    key.data()
+
+    # -- what is heard
+
+    def _hear_launcher(self) -> None:
+        part = os.read(0, 2**16)
+        if not part:
+            self._wanted = False
+            return
+        self._heard_s = time.monotonic()
+        for message in self._told.feed(part):
+            self._obey(message)
+
+    def _obey(self, message: Message) -> None:
+        worker = self._workers.get(message.get("worker", ""))
+        match message["do"]:
+            case "serve":
+                self._job = message
+            case "start":
+                self._start(message["worker"], message["slot"], message["env"])
+            case "tell" if worker:
+                tell(worker, message["message"])
+            case "signal" if worker:
+                worker.process.send_signal(message["number"])
+            case "end":
+                self._wanted = False
+
+    def _hear_worker(self, worker: _Worker) -> None:
+        """Pass on what a worker says, as far as it has come."""
+        with contextlib.suppress(BlockingIOError):
+            while worker.channel in self._selector.get_map():
+                try:
+                    part = worker.channel.recv(2**16)
+                    messages = worker.lines.feed(part)
+                except (ConnectionError, ValueError):  # it has ended with our words unread, or talks nonsense
+                    part, messages = b"", []
+                for message in messages:
+                    say({"is": "said", "worker": worker.name, "message": message})
+                if not part:
+                    self._selector.unregister(worker.channel)  # its end follows
+
+    def _see_end(self, worker: _Worker) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.process.pid, signal.SIGKILL)  # its loader processes; its number is not free before it is waited for
+        self._hear_worker(worker)
+        for source in (worker.channel, worker.ended):
+            if source in self._selector.get_map():  # a child of its own may still hold the channel's other end
+                self._selector.unregister(source)
+        worker.channel.close()
+        os.close(worker.ended)
+        del self._workers[worker.name]
+        say({"is": "ended", "worker": worker.name, "status": self._status(worker)})
+
+    def _status(self, worker: _Worker) -> int:
+        """How a worker ended: what it noted (``launch/status.py``), else the exit status, negative for a signal."""
+        status = worker.process.wait()
+        notes = [noted for name, noted in reported_statuses(self.folder).items() if name.endswith(f".{worker.process.pid}")]
+        return notes[0] if notes and status >= 0 else status
+
+    # -- workers
+
+    def _start(self, name: str, slot: int, env: dict[str, str]) -> None:
+        memory = self.memory / f"slot-{slot}"
+        memory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ours, theirs = socket.socketpair()
+        own = {FD: str(theirs.fileno()), SLOT: str(slot), MEMORY: str(memory), STATUS_DIR: str(self.folder)}
+        try:
+            process = subprocess.Popen(
+                self._job["argv"],
+                env={**os.environ, **self._job["env"], **env, **own},
+                cwd=self._job["cwd"] or None,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr,  # standard output is for messages
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            print(f"horoyolo: {self._job['argv'][0]} can't be started: {error.strerror}", file=sys.stderr, flush=True)
+            say({"is": "ended", "worker": name, "status": 1})
+            return
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        worker = _Worker(name, process, ours, os.pidfd_open(process.pid))
+        self._workers[name] = worker
+        self._selector.register(ours, selectors.EVENT_READ, partial(self._hear_worker, worker))
+        self._selector.register(worker.ended, selectors.EVENT_READ, partial(self._see_end, worker))
+
+
+def say(message: Message) -> None:
+    """Tell the launcher something; one that is gone is noticed where its words are read."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(1, encode(message))
+
+
+def tell(worker: _Worker, message: Message) -> None:
+    """Tell a worker something. One that has ended, or has not read for so long that no more fits, is left alone: its end is seen elsewhere."""
+    with contextlib.suppress(OSError):
+        worker.channel.send(encode(message))
+
+
+def make_folder(folder: Path) -> None:
+    """The job's folder on this host, empty or as an earlier agent of the job left it. Raises OSError when it is somebody else's."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if folder.stat().st_uid != os.geteuid():
+        raise PermissionError(f"{folder} belongs to another user")
+
+
+def main(folder: Path) -> None:
+    """Serve one job on this host from its beginning to its end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)  # the launcher decides when the job ends; unlike SIG_IGN, workers don't inherit this
+    kill_job(folder)
+    make_folder(folder)
+    agent = Agent(folder)
+    try:
+        say({"is": "ready"})
+        agent.serve()
+    finally:
+        kill_job(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(agent.memory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,181 @@
+"""Where the hosts of an elastic job come from, asked again and again while it runs: a hostfile, a program, Slurm or Kubernetes.
+
+An answer counts when it is a list of hosts, at least one of them with a known name, and when it came twice in a row: a file may be read while
+an editor writes it. Whatever else happens (an error, nonsense, nothing, no answer in time), the last good list holds. It is asked in a thread of
+its own, so that a hanging program or name server holds nobody up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from horoyolo.config import InputError
+from horoyolo.launch.hosts import Host, local_hosts, parse_hostfile, read_hostfile, slurm_hosts
+from horoyolo.launch.remote import is_this_machine
+
+LIMIT_S = 10.0  # for a program's answer
+KUBERNETES = "/etc/mpi/discover_hosts.sh"  # which the MPI Operator keeps up to date: the names of the pods that run
+BARE = re.compile(r"^[ \t]*([^\s:=#]+)[ \t]*(#.*)?$", re.MULTILINE)  # a line that names a host without a number
+UP = re.compile(r"(allocated|mixed|idle|completing|reserved|draining)\+?")  # a node that drains keeps its jobs; `*` behind it: does not answer
+
+Ask = Callable[[], list[Host]]
+
+
+class DiscoveryError(Exception):
+    """There is no good list this time: one line that says why."""
+
+
+def ask_hostfile(path: str, slots_per_host: int | None) -> Ask:
+    """The hosts of a file that may be edited. Asking raises InputError."""
+
+    def ask() -> list[Host]:
+        if slots_per_host is None:
+            return read_hostfile(path)
+        try:
+            return parse_hostfile(with_slots(Path(path).read_text(encoding="utf-8-sig"), slots_per_host), path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"hostfile {path!r} can't be read: {error}") from error
+
+    return ask
+
+
+def ask_program(argv: Sequence[str], slots_per_host: int | None) -> Ask:
+    """The hosts that a program prints, ``HOST:SLOTS`` one a line. Asking raises DiscoveryError and InputError.
+
+    A name without a number is refused, since a message such as ``error`` looks the same, unless ``slots_per_host`` says that names are what
+    the program prints.
+    """
+
+    def ask() -> list[Host]:
+        text = run(argv)
+        bare = BARE.search(text)
+        if bare and slots_per_host is None:
+            raise DiscoveryError(f"{shlex.join(argv)}: read {bare[1]!r}; HOST:SLOTS is wanted, or --slots-per-host for lists of names")
+        return parse_hostfile(with_slots(text, slots_per_host or 1), f"output of {shlex.join(argv)}")
+
+    return ask
+
+
+def ask_slurm(env: Mapping[str, str]) -> Ask:
+    """The nodes of this allocation that are up. Asking raises DiscoveryError; this itself raises InputError outside an allocation."""
+    hosts = slurm_hosts(env)
+    argv = ["sinfo", "--noheader", "--Node", "--responding", "--format=%N %T", "--nodes=" + ",".join(host.name for host in hosts)]
+
+    def ask() -> list[Host]:
+        states = dict(words for line in run(argv).splitlines() if len(words := line.split()) == 2)
+        up = [host for host in hosts if UP.fullmatch(states.get(host.name, ""))]
+        if not up:
+            raise DiscoveryError(f"sinfo says that no node of the allocation is up: {states}")
+        return up
+
+    return ask
+
+
+def with_slots(text: str, slots_per_host: int) -> str:
+    """A list of hosts in which every host that is named without a number gets this one."""
+    return BARE.sub(rf"\1:{slots_per_host}", text)
+
+
+def run(argv: Sequence[str], limit_s: float = LIMIT_S) -> str:
+    """What a program prints. Raises DiscoveryError when it fails, says nothing or takes too long; it is ended then, its children with it."""
+    name = shlex.join(argv)
+    try:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        )
+    except OSError as error:
+        raise DiscoveryError(f"{name} can't be run: {error.strerror}") from error
+    try:
+        text, complaint = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise DiscoveryError(f"{name} gave no answer within {limit_s:.0f} s") from None
+    finally:
+        for stream in (process.stdout, process.stderr):
+            if stream:
+                stream.close()
+    if process.returncode:
+        last = (complaint.strip().splitlines() or [""])[-1]
+        raise DiscoveryError(f"{name} ended with status {process.returncode}{': ' if last else ''}{last}")
+    if not text.strip():
+        raise DiscoveryError(f"{name} printed nothing")
+    return text
+
+
+def usable(hosts: Sequence[Host]) -> list[Host]:
+    """The hosts whose names are known; those that are this machine, whatever they are called, are one. Raises DiscoveryError when none is left."""
+    mine = [host for host in hosts if is_this_machine(host.name)]
+    if len(mine) == len(hosts):
+        return local_hosts(sum(host.slots for host in mine))
+    known = [host for host in hosts if host not in mine and _resolves(host)]
+    if not known and not mine:
+        raise DiscoveryError(f"no known host among {', '.join(host.name for host in hosts)}")
+    here = [replace(mine[0], slots=sum(host.slots for host in mine), max_slots=None)] if mine else []
+    order = {host.name: place for place, host in enumerate(hosts)}
+    return sorted([*known, *here], key=lambda host: order[host.name])
+
+
+def _resolves(host: Host) -> bool:
+    try:
+        socket.getaddrinfo(host.name, None)
+    except OSError:
+        return False
+    return True
+
+
+class Discovery:
+    """The list of hosts as it is known now, kept up to date by a thread that asks every ``every_s`` seconds."""
+
+    def __init__(self, ask: Ask, every_s: float, tell: Callable[[str], None]) -> None:
+        """``tell`` is called from the thread with a line when asking begins to fail, for each new reason, and when it works again."""
+        self._ask = ask
+        self._every_s = every_s
+        self._tell = tell
+        self._hosts: list[Host] = []
+        self._heard: list[Host] | None = None
+        self._trouble = ""
+        self._closed = threading.Event()
+
+    def start(self) -> None:
+        """Begin to ask."""
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def hosts(self) -> list[Host]:
+        """The last good list; empty before the first."""
+        return self._hosts
+
+    def close(self) -> None:
+        """Ask no more; does not wait for an answer that is still to come."""
+        self._closed.set()
+
+    def ask_once(self) -> None:
+        """Take in one answer. What holds until it came twice is the list before; the first one counts at once."""
+        trouble = ""
+        try:
+            heard = usable(self._ask())
+            if heard == self._heard or not self._hosts:
+                self._hosts = heard
+            self._heard = heard
+        except (InputError, DiscoveryError) as error:
+            trouble = str(error)
+        if trouble != self._trouble:
+            kept = f"{len(self._hosts)} hosts as before" if self._hosts else "still none"
+            self._tell(f"hosts: {trouble}; {kept}" if trouble else "hosts: the list can be read again")
+        self._trouble = trouble
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            self.ask_once()
+            self._closed.wait(self._every_s)

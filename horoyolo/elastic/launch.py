@@ -1,0 +1,112 @@
+"""What ``horoyolo launch --min-np`` does: its flags become an elastic job, which is printed or run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from horoyolo.config import InputError
+from horoyolo.elastic.coordinator import Elastic, agent_argv, run_elastic
+from horoyolo.elastic.discovery import KUBERNETES, Ask, DiscoveryError, ask_hostfile, ask_program, ask_slurm, usable
+from horoyolo.elastic.membership import Limits
+from horoyolo.launch.environment import travelling_env, worker_env
+from horoyolo.launch.hosts import Host, local_hosts, parse_host_list
+from horoyolo.launch.job import Job
+from horoyolo.launch.run import new_status_dir
+from horoyolo.launch.start import chosen_ssh
+from horoyolo.launch.status import STATUS_DIR
+
+FILE_EVERY_S, PROGRAM_EVERY_S, SLURM_EVERY_S = 1.0, 2.0, 10.0  # Slurm's controller serves everybody
+GLOO = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
+
+
+def is_elastic(parsed: argparse.Namespace) -> bool:
+    """Whether the flags of ``launch`` mean an elastic job. Raises InputError for those that mean one only together with ``--min-np``."""
+    if parsed.min_np is not None:
+        return True
+    for flag, value in (
+        ("--max-np", parsed.max_np),
+        ("--slots-per-host", parsed.slots_per_host),
+        ("--discovery-script", parsed.discovery_script),
+        ("--kubernetes", parsed.kubernetes or None),
+        ("--hang-timeout", parsed.hang_timeout),
+    ):
+        if value is not None:
+            raise InputError(f"{flag}: it belongs to an elastic job; give --min-np with it")
+    return False
+
+
+def build_elastic(parsed: argparse.Namespace, env: Mapping[str, str]) -> Elastic:
+    """What the flags say about an elastic job. Raises InputError for what can't be, an unreadable host list included."""
+    for flag, value in (("-np", parsed.num_proc), ("--launcher", parsed.launcher), ("--script", parsed.script), ("--stage", parsed.stage)):
+        if value is not None:
+            raise InputError(f"{flag}: not with --min-np; its workers are started by horoyolo itself, as many as there are slots, --max-np at most")
+    if parsed.transport != "gloo":
+        raise InputError(f"--transport {parsed.transport}: an elastic job (--min-np) talks by gloo")
+    if parsed.min_np < 1:
+        raise InputError(f"--min-np {parsed.min_np}: at least 1 is wanted")
+    if parsed.max_np is not None and parsed.max_np < parsed.min_np:
+        raise InputError(f"--max-np {parsed.max_np} is less than --min-np {parsed.min_np}")
+    if parsed.slots_per_host is not None and parsed.slots_per_host < 1:
+        raise InputError(f"--slots-per-host {parsed.slots_per_host}: at least 1 is wanted")
+    hang_timeout_s = 15.0 if parsed.hang_timeout is None else parsed.hang_timeout
+    if not hang_timeout_s >= 3:
+        raise InputError(f"--hang-timeout {hang_timeout_s:g}: seconds are wanted, at least 3: workers give a sign of life every second")
+    ask, every_s = _source(parsed, env)
+    return Elastic(Limits(parsed.min_np, parsed.max_np), ask, every_s, by_srun=parsed.slurm, hang_timeout_s=hang_timeout_s)
+
+
+def _source(parsed: argparse.Namespace, env: Mapping[str, str]) -> tuple[Ask, float]:
+    """What is asked for the hosts, and how often in seconds. What need not be waited for is tried at once."""
+    slots = parsed.slots_per_host
+    if parsed.hostfile:
+        ask = ask_hostfile(parsed.hostfile, slots)
+        ask()
+        return ask, FILE_EVERY_S
+    if parsed.hosts:
+        hosts = parse_host_list(parsed.hosts)
+        return (lambda: hosts), SLURM_EVERY_S
+    if parsed.slurm:
+        return ask_slurm(env), SLURM_EVERY_S
+    if parsed.discovery_script or parsed.kubernetes:
+        program = parsed.discovery_script or KUBERNETES
+        if not os.access(program, os.X_OK) or not os.path.isfile(program):
+            raise InputError(f"{program}: it is not there or can't be run; a program that prints HOST:SLOTS lines is wanted")
+        if parsed.kubernetes and slots is None:
+            raise InputError("--kubernetes: --slots-per-host is wanted with it; the MPI Operator lists pods without their slots")
+        return ask_program([os.path.abspath(program)], slots), PROGRAM_EVERY_S
+    here = local_hosts(parsed.max_np or parsed.min_np)
+    return (lambda: here), SLURM_EVERY_S
+
+
+def build_elastic_job(parsed: argparse.Namespace, words: Sequence[str], env: Mapping[str, str]) -> Job:
+    """The job that each slot runs: ``words`` in this folder, with what may travel of ``env``."""
+    words = words if "--elastic" in words else [*words, "--elastic"]
+    variables = {**travelling_env(env, parsed.variables), **worker_env(1, None, env), **GLOO, STATUS_DIR: str(new_status_dir())}
+    argv = (sys.executable, "-m", "horoyolo", *words)
+    return Job(parsed.min_np, argv, variables, nic=parsed.nic, ssh=chosen_ssh(parsed), cwd=str(Path.cwd()))
+
+
+def launch_elastic(parsed: argparse.Namespace, words: Sequence[str]) -> int:
+    """Prints or runs the job and gives the exit status. Raises InputError."""
+    elastic = build_elastic(parsed, os.environ)
+    job = build_elastic_job(parsed, words, os.environ)
+    if parsed.dry_run:
+        print("\n".join(dry_run(job, elastic)))
+        return 0
+    return run_elastic(job, elastic)
+
+
+def dry_run(job: Job, elastic: Elastic) -> list[str]:
+    """What would run, as lines for a shell: the agent of each host of the present list; last, what each agent starts, with its variables."""
+    try:
+        hosts: Sequence[Host] = usable(elastic.ask())
+    except DiscoveryError as error:
+        raise InputError(f"hosts: {error}") from error
+    told = [f"{name}={value}" for name, value in sorted(job.env.items()) if name != STATUS_DIR]
+    agents = [f"{shlex.join(agent_argv(job, host, elastic.by_srun))}  # {host.name}: {host.slots} workers" for host in hosts]
+    return [*agents, f"{shlex.join(['env', *told])} \\", shlex.join(job.argv)]
