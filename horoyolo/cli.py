@@ -406,10 +406,15 @@ def _describe_report(parser: _Parser) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> int:
+    from horoyolo.report.diagnose import diagnose_run
     from horoyolo.report.ledger import FILE, read_account
 
     if not parsed.ledger:
-        raise InputError("report: what to report is wanted; there is --ledger")
+        lines = diagnose_run(parsed.run_folder)
+        if parsed.json:
+            with atomic_file(parsed.json, "w") as stream:
+                json.dump({"diagnosis": lines}, stream, indent=1)
+        return _print_lines(lines)
     account = read_account(parsed.run_folder / FILE)
     if parsed.json:
         with atomic_file(parsed.json, "w") as stream:
@@ -444,6 +449,6 @@ COMMANDS: dict[str, tuple[Callable[[_Parser], None], str]] = {
     "launch": (_describe_launch, "start the workers of a job"),
     "doctor": (_describe_doctor, "find out what is wrong with hosts before a job does"),
     "data": (_describe_data, "convert, check and make data sets"),
-    "report": (_describe_report, "what a run's records say"),
+    "report": (_describe_report, "what a run's records say: over-fitted, unfinished or about right; which images were used"),
     "bench": (_describe_bench, "measure this machine"),
 }

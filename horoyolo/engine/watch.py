@@ -11,6 +11,7 @@ from horoyolo.engine.build import Training
 from horoyolo.engine.hooks import EPOCH_COLUMNS, STEP_COLUMNS, EpochRecord, Hook, StepRecord
 from horoyolo.engine.ledger import KeepLedger
 from horoyolo.engine.recipe import class_counts, recipe_lines
+from horoyolo.report.diagnose import diagnose_run
 from horoyolo.report.monitor import CsvWriter, Progress, TensorBoardWriter, Writer
 from horoyolo.report.plots import plot_batch, plot_curves
 
@@ -25,7 +26,7 @@ def build_hooks(job: Training) -> list[Hook]:
     everywhere: list[Hook] = [TellUnreadable(), KeepLedger(job)]
     if job.comm.rank() != 0:
         return everywhere
-    return [*everywhere, TellRecipe(job), RecordFigures(job), ShowProgress(job), DrawPlots(job)]
+    return [*everywhere, TellRecipe(job), RecordFigures(job), ShowProgress(job), DrawPlots(job), Diagnose(job)]
 
 
 class TellRecipe(Hook):
@@ -39,6 +40,18 @@ class TellRecipe(Hook):
         counts = class_counts(job.train_split, job.model.num_classes)
         for line in recipe_lines(job.config, job.model, job.loss, job.schedule, counts):
             log.info("%s", line)
+
+
+class Diagnose(Hook):
+    """At the end, what losses and scores say, in words."""
+
+    def __init__(self, job: Training) -> None:
+        self._job = job
+
+    def after_train(self) -> None:
+        if (self._job.run.folder / "results.csv").exists():
+            finding, *advice = diagnose_run(self._job.run.folder)
+            log.info("diagnosis: %s", "; ".join([finding, *advice]))
 
 
 class RecordFigures(Hook):

@@ -113,8 +113,3 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path, content: str | None, reaso
         (tmp_path / FILE).write_text(content)
     with pytest.raises(InputError, match=reason):
         read_account(tmp_path / FILE)
-
-
-def test_report_alone_says_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path)]) == 2
-    assert "--ledger" in capsys.readouterr().err
