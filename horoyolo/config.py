@@ -65,6 +65,7 @@ class Input:
     rect: bool = False  # batches of images of like aspect, as rectangles; mosaic and mixup are off
     multi_scale: bool = False  # each global batch at a size from half to one and a half of img
     close_mosaic: int = 0  # last epochs without mosaic and mixup
+    albumentations: str = ""  # a pipeline as albumentations.save writes it (yaml)
 
 
 @dataclass(frozen=True)

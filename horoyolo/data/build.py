@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from horoyolo.config import Config
+from horoyolo.data.albumentation import load_pipeline
 from horoyolo.data.balance import Balance
 from horoyolo.data.dataset import EvalDataset, TrainDataset
 from horoyolo.data.sampler import Sampler
@@ -24,10 +25,11 @@ def build_sampler(config: Config, split: Split, stride: int) -> Sampler:
 
 
 def build_train_data(config: Config, split: Split) -> TrainDataset:
-    """The training samples of a split."""
+    """The training samples of a split. Raises InputError for a pipeline that can't be used."""
     hyper = replace(config.hyp, mosaic=0.0, mixup=0.0) if config.input.rect else config.hyp  # a mosaic is a square
     mosaic_until = config.epochs - config.input.close_mosaic if config.input.close_mosaic else math.inf
-    return TrainDataset(split, config.img, hyper, config.seed, mosaic_until)
+    pipeline = load_pipeline(config.input.albumentations) if config.input.albumentations else None
+    return TrainDataset(split, config.img, hyper, config.seed, mosaic_until, pipeline)
 
 
 def build_eval_data(config: Config, split: Split, stride: int) -> EvalDataset:
@@ -44,6 +46,8 @@ def describe_input(config: Config, sampler: Sampler, names: dict[int, str]) -> l
         lines.append(f"multi-scale: long sides up to {sampler.shapes.largest} px, which takes more memory than {config.img} px")
     if config.input.close_mosaic and not config.input.rect:
         lines.append(f"mosaic and mixup are off from epoch {max(config.epochs - config.input.close_mosaic, 0)} on")
+    if config.input.albumentations:
+        lines.append(f"albumentations: pipeline {config.input.albumentations}, before the colour jitter")
     if sampler.balance:
         seen = ", ".join(f"{names[i]} {times:.2f}" for i, times in enumerate(sampler.balance.boxes_seen()))
         lines.append(f"images drawn by {sampler.balance.by}; boxes an epoch shows, against each image once: {seen}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from horoyolo.config import Hyper
+from horoyolo.data.albumentation import Pipeline
 from horoyolo.data.augment import GREY, Geometry, Labelled, Tile, flip_lr, flip_ud, hsv, letterbox, mixup, mosaic, scaled_hw, warp_canvas
 from horoyolo.data.decode import DecodeError, Image, decode_image
 from horoyolo.data.sampler import Key
@@ -45,15 +46,19 @@ class EvalSample:
 class TrainDataset:
     """Augmented samples, addressed by `Key`: a sample's pixels depend on the seed, the epoch, the position and its batch's shape alone.
 
-    From epoch ``mosaic_until`` on images come without mosaic and mixup, as they will be met later.
+    From epoch ``mosaic_until`` on images come without mosaic and mixup, as they will be met later. A ``pipeline`` comes after those and before the
+    colour jitter.
     """
 
-    def __init__(self, split: Split, img: int, hyper: Hyper, seed: int, mosaic_until: float = math.inf) -> None:
+    def __init__(
+        self, split: Split, img: int, hyper: Hyper, seed: int, mosaic_until: float = math.inf, pipeline: Pipeline | None = None
+    ) -> None:
         self.split = split
         self.img = img
         self.hyper = hyper
         self.seed = seed
         self.mosaic_until = mosaic_until
+        self.pipeline = pipeline
         self._geometry = Geometry(hyper.degrees, hyper.translate, hyper.scale, hyper.shear, hyper.perspective)
 
     def __len__(self) -> int:
@@ -71,6 +76,8 @@ class TrainDataset:
                 image, boxes = mixup((image, boxes), partner, rng)
         else:
             image, boxes = self._single(key.index, hw, rng, failed)
+        if self.pipeline is not None:
+            image, boxes = self.pipeline(image, boxes, rng)
         image, boxes = hsv(image, boxes, rng, hyper.hsv_h, hyper.hsv_s, hyper.hsv_v)
         image, boxes = flip_ud(image, boxes, rng, hyper.flipud)
         image, boxes = flip_lr(image, boxes, rng, hyper.fliplr)
