@@ -103,6 +103,7 @@ TRAIN_FLAGS = (
     Flag(("--rect",), "input.rect", "rectangular batches of images of like aspect, without mosaic", switch=True),
     Flag(("--multi-scale",), "input.multi_scale", "each global batch at a size from half to one and a half of --img", switch=True),
     Flag(("--close-mosaic",), "input.close_mosaic", "last epochs without mosaic and mixup"),
+    Flag(("--cache",), "input.cache", "keep decoded images, once a host: ram (also meant by the bare flag) or disk", optional="ram"),
     Flag(("--albumentations",), "input.albumentations", "a pipeline as albumentations.save writes it, yaml"),
     Flag(("--freeze",), "recipe.freeze", "layers that stay as they are: 10 (the first ten) or 0 1 5 (these)", several=True),
     Flag(("--patience",), "recipe.patience", "epochs without a better score before training ends; 0: never"),
@@ -111,7 +112,7 @@ TRAIN_FLAGS = (
 
 # Flags of YOLOv5 and of later versions that a user may bring along.
 NOT_YET = (
-    *("--nosave", "--noval", "--noplots", "--evolve", "--bucket", "--cache"),
+    *("--nosave", "--noval", "--noplots", "--evolve", "--bucket"),
     *("--single-cls", "--quad", "--save-period", "--entity", "--elastic", "--pipeline-stages"),
 )
 

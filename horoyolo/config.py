@@ -65,6 +65,7 @@ class Input:
     rect: bool = False  # batches of images of like aspect, as rectangles; mosaic and mixup are off
     multi_scale: bool = False  # each global batch at a size from half to one and a half of img
     close_mosaic: int = 0  # last epochs without mosaic and mixup
+    cache: str = "none"  # ram: decoded images in memory, once a host, shared by its workers; disk: in a file that also serves the next run
     albumentations: str = ""  # a pipeline as albumentations.save writes it (yaml)
 
 
@@ -258,6 +259,7 @@ def load(path: str | Path) -> Config:
 _CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optim.optimizer": ("sgd", "adamw"),
+    "input.cache": ("none", "ram", "disk"),
     "input.sampling": ("uniform", "classes", "images"),
     "comms.overlap": ("auto", "yes", "no"),
     "recipe.activation": ("", "silu", "relu", "leakyrelu", "hardswish"),

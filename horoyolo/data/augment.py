@@ -49,10 +49,16 @@ def letterbox(
     new_h, new_w = scaled_hw((height, width), gain)
     if (new_h, new_w) != (height, width):
         image = cv2.resize(image, (new_w, new_h), interpolation=interpolation)
-    top, left = round((hw[0] - new_h) / 2 - 0.1), round((hw[1] - new_w) / 2 - 0.1)  # an odd line goes to the bottom, to the right
+    left, top = letterbox_pad((height, width), hw, gain)
     out = _grey(hw)
     out[top : top + new_h, left : left + new_w] = image
     return out, gain, (left, top)
+
+
+def letterbox_pad(original_hw: tuple[int, int], hw: tuple[int, int], gain: float) -> tuple[int, int]:
+    """The pixels (x, y) before an image scaled by ``gain`` in the middle of hw; an odd line goes to the bottom, to the right."""
+    new_h, new_w = scaled_hw(original_hw, gain)
+    return round((hw[1] - new_w) / 2 - 0.1), round((hw[0] - new_h) / 2 - 0.1)
 
 
 def scaled_hw(hw: tuple[int, int], gain: float) -> tuple[int, int]:

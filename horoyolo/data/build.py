@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import platform
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +12,14 @@ import numpy as np
 from horoyolo.config import Config
 from horoyolo.data.albumentation import load_pipeline
 from horoyolo.data.balance import Balance
+from horoyolo.data.cache import folders
 from horoyolo.data.dataset import EvalDataset, TrainDataset
+from horoyolo.data.pixels import NoRoom, PixelCache, disk_room, memory_room, open_cache
 from horoyolo.data.sampler import Sampler
 from horoyolo.data.scan import Split
 from horoyolo.data.shapes import Shapes
+
+log = logging.getLogger("horoyolo")
 
 
 def build_sampler(config: Config, split: Split, stride: int) -> Sampler:
@@ -29,12 +35,31 @@ def build_train_data(config: Config, split: Split) -> TrainDataset:
     hyper = replace(config.hyp, mosaic=0.0, mixup=0.0) if config.input.rect else config.hyp  # a mosaic is a square
     mosaic_until = config.epochs - config.input.close_mosaic if config.input.close_mosaic else math.inf
     pipeline = load_pipeline(config.input.albumentations) if config.input.albumentations else None
-    return TrainDataset(split, config.img, hyper, config.seed, mosaic_until, pipeline)
+    dataset = TrainDataset(split, config.img, hyper, config.seed, mosaic_until, pipeline)
+    dataset.cache = _cache(config, split, np.array([dataset.tile_hw(i) for i in range(len(split))]), f"train {config.img}")
+    return dataset
 
 
 def build_eval_data(config: Config, split: Split, stride: int) -> EvalDataset:
     """The images of a split as they are evaluated during training."""
-    return EvalDataset(split, config.img, stride)
+    dataset = EvalDataset(split, config.img, stride)
+    dataset.cache = _cache(config, split, np.array(dataset.shapes_hw), f"evaluate {config.img}")
+    return dataset
+
+
+def _cache(config: Config, split: Split, shapes_hw: np.ndarray, purpose: str) -> PixelCache | None:
+    """The cache of a split's images that the configuration asks for; none where it doesn't, or where there is no room, which is said."""
+    kind = config.input.cache
+    if kind == "none":
+        return None
+    try:
+        room = memory_room() if kind == "ram" else disk_room(folders(split.root))
+        cache = open_cache(room, split.image_paths, shapes_hw, purpose)
+    except NoRoom as error:
+        log.warning("%s: no %s cache on %s, images are decoded as they come: %s", split.name, kind, platform.node(), error)
+        return None
+    log.info("%s: %s cache of %.2f GB for all workers of a host", split.name, kind, cache.num_bytes / 1e9)
+    return cache
 
 
 def describe_input(config: Config, sampler: Sampler, names: dict[int, str]) -> list[str]:

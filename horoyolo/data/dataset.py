@@ -14,8 +14,23 @@ from torch import Tensor
 
 from horoyolo.config import Hyper
 from horoyolo.data.albumentation import Pipeline
-from horoyolo.data.augment import GREY, Geometry, Labelled, Tile, flip_lr, flip_ud, hsv, letterbox, mixup, mosaic, scaled_hw, warp_canvas
+from horoyolo.data.augment import (
+    GREY,
+    Geometry,
+    Labelled,
+    Tile,
+    flip_lr,
+    flip_ud,
+    hsv,
+    letterbox,
+    letterbox_pad,
+    mixup,
+    mosaic,
+    scaled_hw,
+    warp_canvas,
+)
 from horoyolo.data.decode import DecodeError, Image, decode_image
+from horoyolo.data.pixels import PixelCache
 from horoyolo.data.sampler import Key
 from horoyolo.data.scan import Split
 
@@ -47,8 +62,10 @@ class TrainDataset:
     """Augmented samples, addressed by `Key`: a sample's pixels depend on the seed, the epoch, the position and its batch's shape alone.
 
     From epoch ``mosaic_until`` on images come without mosaic and mixup, as they will be met later. A ``pipeline`` comes after those and before the
-    colour jitter.
+    colour jitter. A cache changes no pixel.
     """
+
+    cache: PixelCache | None = None
 
     def __init__(
         self, split: Split, img: int, hyper: Hyper, seed: int, mosaic_until: float = math.inf, pipeline: Pipeline | None = None
@@ -98,15 +115,26 @@ class TrainDataset:
 
     def _tile(self, index: int, failed: list[str]) -> Tile:
         """The image with its long side at the training size."""
-        height, width = (int(side) for side in self.split.shapes_hw[index])
-        hw = scaled_hw((height, width), self.img / max(height, width))
-        return Tile(hw, _to_pixels(self.split.labels[index], hw), partial(self._load, index, hw, failed))
+        hw = self.tile_hw(index)
+        return Tile(hw, _to_pixels(self.split.labels[index], hw), partial(self._load, index, failed))
 
-    def _load(self, index: int, hw: tuple[int, int], failed: list[str]) -> Image | None:
+    def tile_hw(self, index: int) -> tuple[int, int]:
+        """Height and width at which an image is taken up: its long side at the training size."""
+        height, width = (int(side) for side in self.split.shapes_hw[index])
+        return scaled_hw((height, width), self.img / max(height, width))
+
+    def _load(self, index: int, failed: list[str]) -> Image | None:
+        decode = partial(self._decode, index)
+        image = self.cache.get(index, decode) if self.cache else decode()
+        if image is None:
+            failed.append(self.split.relative_paths[index])
+        return image
+
+    def _decode(self, index: int) -> Image | None:
+        hw = self.tile_hw(index)
         try:
             image = decode_image(self.split.image_paths[index], at_least_hw=hw)
         except DecodeError:
-            failed.append(self.split.relative_paths[index])
             return None
         if image.shape[:2] == hw:
             return image
@@ -125,7 +153,9 @@ def eval_hw(original_hw: tuple[int, int], img: int, stride: int) -> tuple[int, i
 
 
 class EvalDataset:
-    """Images as they are, letterboxed to a rectangle of their own shape, addressed by their index in the split."""
+    """Images as they are, letterboxed to a rectangle of their own shape, addressed by their index in the split. A cache changes no pixel."""
+
+    cache: PixelCache | None = None
 
     def __init__(self, split: Split, img: int, stride: int = 32) -> None:
         self.split = split
@@ -137,20 +167,26 @@ class EvalDataset:
 
     def __getitem__(self, index: int) -> EvalSample:
         height, width = (int(side) for side in self.split.shapes_hw[index])
-        labels = self.split.labels[index]
+        hw, gain = self.shapes_hw[index], self.img / max(height, width)
         failed = []
-        try:
-            original = decode_image(self.split.image_paths[index])
-        except DecodeError:  # its boxes stay: what can't be seen is missed
-            original = np.full((height, width, 3), GREY, np.uint8)
+        letterboxed = partial(self._letterboxed, index)
+        image = self.cache.get(index, letterboxed) if self.cache else letterboxed()
+        if image is None:  # its boxes stay: what can't be seen is missed
+            image = np.full((*hw, 3), GREY, np.uint8)
             failed.append(self.split.relative_paths[index])
-        gain = self.img / max(height, width)
-        hw = self.shapes_hw[index]
-        image, _, pad = letterbox(original, hw, cv2.INTER_AREA if gain < 1 else cv2.INTER_LINEAR, gain)
-        boxes = _to_pixels(labels, (height, width))
+        pad = letterbox_pad((height, width), hw, gain)
+        boxes = _to_pixels(self.split.labels[index], (height, width))
         boxes[:, 1:] = boxes[:, 1:] * gain + np.array(pad * 2, np.float32)
         pixels = torch.from_numpy(_to_chw(image))
         return EvalSample(pixels, _to_targets(boxes, hw), index, (height, width), gain, pad, failed)
+
+    def _letterboxed(self, index: int) -> Image | None:
+        try:
+            original = decode_image(self.split.image_paths[index])
+        except DecodeError:
+            return None
+        gain = self.img / max(int(side) for side in self.split.shapes_hw[index])
+        return letterbox(original, self.shapes_hw[index], cv2.INTER_AREA if gain < 1 else cv2.INTER_LINEAR, gain)[0]
 
 
 def _to_pixels(labels: np.ndarray, hw: tuple[int, int]) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import cv2
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from horoyolo.data.dataset import EvalDataset, EvalSample, Sample, TrainDataset
 from horoyolo.data.sampler import Key, Sampler, share
@@ -178,4 +178,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        cache = getattr(getattr(get_worker_info(), "dataset", None), "cache", None)
+        if cache is not None:
+            cache.abandon()
         os._exit(1)

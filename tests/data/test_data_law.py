@@ -28,6 +28,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "close mosaic": {"epochs": 2, "input.close_mosaic": 1},
     "sampling classes": {"input.sampling": "classes"},
     "sampling images": {"input.sampling": "images"},
+    "ram cache": {"input.cache": "ram"},
+    "disk cache": {"input.cache": "disk"},
     "albumentations": {"input.albumentations": "pipeline.yaml"},  # written by a fixture
 }
 PIPELINE = """
@@ -112,7 +114,14 @@ def test_the_same_samples_at_any_size(split: Split, option: str) -> None:
         assert [told_apart(shares) for shares in epochs(split, config, size)] == alone
 
 
-@pytest.mark.parametrize("option", list(OPTIONS)[1:])
+@pytest.mark.parametrize("option", ["ram cache", "disk cache"])
+@pytest.mark.parametrize("other", [{}, OPTIONS["multi-scale rect"]])
+def test_a_cache_changes_no_pixel(split: Split, option: str, other: dict[str, Any]) -> None:
+    cached, plain = ([told_apart(shares) for shares in epochs(split, config_of(values), 2)] for values in (other | OPTIONS[option], other))
+    assert cached == plain
+
+
+@pytest.mark.parametrize("option", [name for name in list(OPTIONS)[1:] if "cache" not in name])
 def test_every_option_does_something(split: Split, option: str) -> None:
     skip_without_library(option)
     usual, changed = ([told_apart(shares) for shares in epochs(split, config_of(values), 1)] for values in ({}, OPTIONS[option]))
