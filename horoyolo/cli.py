@@ -84,6 +84,7 @@ TRAIN_FLAGS = (
     Flag(("--weights",), "weights", "start from a .pt of this project or of YOLOv5"),
     Flag(("--img", "--imgsz", "--img-size"), "img", "side of the training images in pixels"),
     Flag(("--batch", "--batch-size"), "batch", "images in a global batch, over all workers"),
+    Flag(("--auto-batch",), "batch", "a global batch of as many images as all workers can hold; the same as --batch -1", switch=True, means=-1),
     Flag(("--epochs",), "epochs", "passes over the training images"),
     Flag(("--project",), "project", "folder of runs"),
     Flag(("--name",), "name", "folder of this run; a number is added where it is taken"),
@@ -171,6 +172,8 @@ def train_config(parsed: argparse.Namespace) -> Config:
     folder = resumed_folder(config)
     if folder is not None:
         config = configuration.load(folder / "config.yaml")
+        if given.get("batch") in (configuration.AUTO_BATCH, str(configuration.AUTO_BATCH)):
+            del given["batch"]  # the run goes on with what was found
     if parsed.hyp:
         config = configuration.load_hyper(config, parsed.hyp)
     config = configuration.override(config, given, "command line")
@@ -289,7 +292,7 @@ def check_job(words: list[str], num_workers: int) -> str:
     if unknown:
         raise InputError(unknown_flag(parsed.command, unknown[0]))
     config = train_config(parsed)
-    if config.batch < num_workers:
+    if 0 < config.batch < num_workers:
         raise InputError(f"batch = {config.batch} over {num_workers} workers; at least one image for each is wanted")
     from horoyolo.data.spec import load_data_spec
 

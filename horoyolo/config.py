@@ -21,6 +21,9 @@ class InputError(Exception):
     """The user gave something that can't be used: one line that says what, where and what would be right (exit status 2)."""
 
 
+AUTO_BATCH = -1  # the batch is found out when training starts
+
+
 @dataclass(frozen=True)
 class Hyper:
     """Hyper-parameters, with the names and the defaults of YOLOv5's hyp.scratch-low.yaml."""
@@ -117,7 +120,7 @@ class Config:
     cfg: str = ""  # model name or yaml
     weights: str = ""  # where training starts; empty: from scratch
     img: int = 640  # side of the training images in pixels
-    batch: int = 16  # images in a global batch, over all workers
+    batch: int = 16  # images in a global batch, over all workers; -1: as many as all workers can hold
     epochs: int = 300
     project: str = "runs/train"
     name: str = "exp"
@@ -267,7 +270,7 @@ _CHOICES = {
 }
 _AT_LEAST: dict[str, float] = {
     "img": 32,
-    "batch": 1,
+    "batch": AUTO_BATCH,
     "epochs": 1,
     "workers": -1,
     "seed": 0,
@@ -313,6 +316,8 @@ def validate(config: Config) -> None:
     for key, least in _AT_LEAST.items():
         if not value_of(key) >= least:
             raise InputError(f"{key} = {value_of(key)}; at least {least:g} is wanted")
+    if config.batch == 0:
+        raise InputError("batch = 0; at least 1 is wanted, or -1 for as many as all workers can hold")
     if config.img % 32:
         raise InputError(f"img = {config.img}; a multiple of 32, the largest stride, is wanted: {round(config.img / 32) * 32}")
     if not 0 < config.comms.topk_ratio <= 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import platform
 from collections.abc import Callable
@@ -11,10 +12,11 @@ import cv2
 import torch
 
 from horoyolo import __version__
-from horoyolo.config import Config, InputError
+from horoyolo.config import AUTO_BATCH, Config, InputError
 from horoyolo.data.scan import scan_split
 from horoyolo.data.spec import load_data_spec
 from horoyolo.distributed.comm import Comm, open_comm
+from horoyolo.engine.auto_batch import settle_batch
 from horoyolo.engine.build import build_model_for, build_training
 from horoyolo.engine.device import cycle_time_ms, numerics_for, pick_device
 from horoyolo.engine.runs import open_run
@@ -39,12 +41,14 @@ def start_training(config: Config, on_ready: Callable[[], None]) -> bool:
     model = build_model_for(config, spec.num_classes, spec.names)
     comm = open_comm(cycle_time_ms(config))
     start_logs(comm.rank(), comm.size())
-    if config.batch < comm.size():
+    if 0 < config.batch < comm.size():
         raise InputError(f"batch = {config.batch} over {comm.size()} workers; at least one image for each is wanted")
     cv2.setNumThreads(1)  # images are decoded beside the network's own threads
     numerics = numerics_for(pick_device(config.device, comm.local_rank()), config.precision)
     train_split, val_split = once_per_host(comm, lambda: (scan_split(spec, "train"), scan_split(spec, "val")))
     check_agreement(comm, train_split.content_hash + val_split.content_hash)
+    if config.batch == AUTO_BATCH:
+        config = dataclasses.replace(config, batch=settle_batch(config, comm, numerics, model, len(train_split)))
     run = comm.broadcast_object(open_run(config) if comm.rank() == 0 else None)
     if run.resumed is not None and is_finished(run.resumed, config):
         log.info("%s: finished already, after %d epochs", run.folder, run.resumed["sampler"]["epoch"])
