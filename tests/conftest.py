@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,24 @@ def _take_interrupts() -> None:
 def _one_thread() -> None:
     """Sums in a fixed order, and no test that starts several processes floods the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def file_limit() -> Callable[[int], AbstractContextManager[None]]:
+    """``with file_limit(n):`` no file of this process can grow beyond n bytes, as on a disk that is full."""
+
+    @contextmanager
+    def limited(num_bytes: int) -> Iterator[None]:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+
+    return limited
 
 
 @pytest.fixture(scope="session")

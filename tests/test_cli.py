@@ -15,7 +15,7 @@ from horoyolo import cli
 from horoyolo import config as configuration
 from horoyolo.config import Config
 from horoyolo.data.synthetic import write_synthetic
-from horoyolo.engine.checkpoint import save_checkpoint
+from horoyolo.engine.checkpoint import serialised, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_train_refuses_data(
 
 def test_a_torn_checkpoint_is_refused(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = here / "run"
-    path = save_checkpoint(run / "checkpoints", {"value": torch.zeros(100)}, 1, keep=1, notes={})
+    path = write_checkpoint(run / "checkpoints", serialised({"value": torch.zeros(100)}), 1, keep=1, notes={})
     (run / "config.yaml").write_text("data: x\n")
     path.write_bytes(path.read_bytes()[:-20])
     assert "torn" in refused(capsys, *train(dataset, "--resume", path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from horoyolo.distributed.comm import Comm, broadcast_tensors
 from horoyolo.distributed.exact import convert_exact
 from horoyolo.distributed.exchange import Exchange
 from horoyolo.distributed.syncbn import convert_sync_bn
-from horoyolo.engine.checkpoint import read_rank_state, save_checkpoint, save_rank_state
+from horoyolo.engine.background import Background
+from horoyolo.engine.checkpoint import read_rank_state, serialised, write_checkpoint, write_rank_state
 from horoyolo.engine.device import Numerics
 from horoyolo.engine.evaluate import evaluate
 from horoyolo.engine.loss_scale import LossScale
@@ -66,6 +67,7 @@ class Training:
     val_loader: DataLoader
     progress: Progress
     state: TrainState
+    background: Background = field(default_factory=Background)
 
     @property
     def global_batch(self) -> int:
@@ -89,29 +91,36 @@ class Training:
         return evaluate(model, self.val_loader, self.val_split, self.numerics, self.comm, self.loss)
 
     def save_weights(self, model: YOLO, epoch: int, metrics: dict[str, Any] | None, is_best: bool) -> None:
-        """Writes last.pt, best.pt and metrics.json on rank 0."""
+        """Writes last.pt, best.pt and metrics.json on rank 0. A full disk stops no training: the files before stay good."""
         if self.comm.rank() != 0:
             return
         notes = {"epoch": epoch, "img": self.config.img, "metrics": metrics or {}}
         names = ["last", "best"] if is_best else ["last"]
-        for name in names:
-            save_weights(self.run.weights / f"{name}.pt", model, notes)
-        if metrics is not None:
-            path = self.run.folder / "metrics.json"
-            known = json.loads(path.read_text()) if path.exists() else {}
-            with atomic_file(path, "w") as stream:
-                json.dump(known | dict.fromkeys(names, metrics) | imbalance_notes(self.config, self.loss, self.model.names), stream, indent=1)
-
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Writes a checkpoint on rank 0, and on every worker what only it knows. A full disk stops no training: the files before stay good."""
-        folder, step, keep, rank, size = self.run.checkpoints, self.progress.step, self.config.keep_checkpoints, self.comm.rank(), self.comm.size()
         try:
-            if size > 1:
-                save_rank_state(folder, self.rank_state(), step, rank, size, keep)
-            if rank == 0:
-                save_checkpoint(folder, state, step, keep, {"epoch": self.sampler.epoch, "workers": size})
+            for name in names:
+                save_weights(self.run.weights / f"{name}.pt", model, notes)
+            if metrics is not None:
+                path = self.run.folder / "metrics.json"
+                known = json.loads(path.read_text()) if path.exists() else {}
+                with atomic_file(path, "w") as stream:
+                    json.dump(known | dict.fromkeys(names, metrics) | imbalance_notes(self.config, self.loss, self.model.names), stream, indent=1)
         except OSError as error:
-            log.error("checkpoint of step %d not written: %s; training goes on", self.progress.step, error)
+            log.error("weights of epoch %d NOT WRITTEN: %s; training goes on", epoch, error)
+
+    def save_checkpoint(self, state: dict[str, Any], is_best: bool = False) -> None:
+        """Begins to write a checkpoint on rank 0, and on every worker what only it knows; ``background`` ends it while training goes on."""
+        folder, step, keep, rank, size = self.run.checkpoints, self.progress.step, self.config.keep_checkpoints, self.comm.rank(), self.comm.size()
+        notes = {"update": self.progress.update, "epoch": self.sampler.epoch, "workers": size, "best": is_best}
+        own = serialised(self.rank_state()) if size > 1 else None
+        whole = serialised(state) if rank == 0 else None
+
+        def write() -> None:
+            if own is not None:
+                write_rank_state(folder, own, step, rank, size, keep)
+            if whole is not None:
+                write_checkpoint(folder, whole, step, keep, notes)
+
+        self.background.start(f"checkpoint of step {step}", write)
 
     def rank_state(self) -> dict[str, Any]:
         """What is this worker's own: what its compressor has not sent yet, and the statistics of its BatchNorm layers."""

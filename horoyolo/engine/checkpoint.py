@@ -1,8 +1,8 @@
 """Checkpoints that cannot be torn, and the newest good one of a run.
 
-A checkpoint is a file of plain types and tensors in ``checkpoints/``, written beside its final name and renamed. ``manifest.json`` holds its size
-and SHA-256, so that a file that was cut or changed later is found before it is used: torch itself loads tensors with flipped bits. It is free of the
-number of workers; beside it each worker writes what only it knows, which serves at the same number of workers alone.
+A checkpoint is a file of plain types and tensors in ``checkpoints/``, written beside its final name, read back and renamed. ``manifest.json`` holds
+its size and SHA-256, so that a file that was cut or changed later is found before it is used: torch itself loads tensors with flipped bits. It is
+free of the number of workers; beside it each worker writes what only it knows, which serves at the same number of workers alone.
 """
 
 from __future__ import annotations
@@ -11,32 +11,48 @@ import hashlib
 import io
 import json
 import logging
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from horoyolo.config import InputError
-from horoyolo.files import atomic_file
+from horoyolo.files import atomic_file, sync_folder
 
 log = logging.getLogger("horoyolo")
 
 MANIFEST = "manifest.json"
+CHUNK_BYTES = 1 << 20
+FILES = "step-" + "[0-9]" * 8 + ".pt"
+
+Manifest = dict[str, dict[str, Any]]  # by file name
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any], step: int, keep: int, notes: dict[str, Any]) -> Path:
-    """Writes ``state`` as ``folder/step-N.pt``, then its manifest entry with ``notes``, then deletes all but the ``keep`` newest."""
-    import torch
+def serialised(state: dict[str, Any]) -> memoryview:
+    """The bytes of a checkpoint of ``state``: a copy, which training may go on from."""
+    import torch  # here and below: a launcher looks for runs on machines that have none
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}.pt"
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = buffer.getbuffer()
-    with atomic_file(path) as stream:
-        stream.write(content)
+    return buffer.getbuffer()
 
-    manifest = _read_manifest(folder)
-    manifest[path.name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "step": step, **notes}
-    outdated = sorted(manifest)[:-keep]
+
+def write_checkpoint(folder: Path, content: memoryview, step: int, keep: int, notes: dict[str, Any]) -> Path:
+    """Writes ``content`` as ``folder/step-N.pt``, then its manifest entry with ``notes``, then deletes outdated checkpoints.
+
+    The ``keep`` newest stay, and the newest whose notes say ``best``. Raises OSError where the disk is full or gives back other bytes than it was
+    given; all that was there before is then still there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in (*folder.glob(f".{FILES}.*.tmp"), *folder.glob(f".{MANIFEST}.*.tmp")):  # by a writer that was killed
+        left_over.unlink(missing_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    sha256 = _write_checked(path, content)
+    manifest = {name: entry for name, entry in _read_manifest(folder).items() if (folder / name).exists()}
+    manifest[path.name] = {"sha256": sha256, "bytes": len(content), "step": step, **notes}
+    outdated = _outdated(manifest, keep)
     for name in outdated:
         del manifest[name]
     with atomic_file(folder / MANIFEST, "w") as stream:
@@ -48,56 +64,41 @@ def save_checkpoint(folder: Path, state: dict[str, Any], step: int, keep: int, n
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state saved at ``path`` (InputError: not there, torn, changed since it was written)."""
-    import torch  # here and above: a launcher looks for runs on machines that have none
-
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"checkpoint {path}: {error.strerror}") from None
-    known = _read_manifest(path.parent).get(path.name)
-    if known is None:
-        raise InputError(f"checkpoint {path}: no entry in {MANIFEST} beside it; only checkpoints that a run finished writing are used")
-    if len(content) != known["bytes"] or hashlib.sha256(content).hexdigest() != known["sha256"]:
-        raise InputError(f"checkpoint {path}: torn or changed since it was written (SHA-256 differs); take an earlier one")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint in ``folder`` that reads well, with its state; bad ones are named in the log. None for a folder without any.
-
-    Raises InputError where there are checkpoints and none is good.
-    """
-    problems: list[InputError] = []
-    for name in sorted(_read_manifest(folder), reverse=True):
-        try:
-            state = read_checkpoint(folder / name)
-        except InputError as error:
-            problems.append(error)
-            continue
-        for problem in problems:
-            log.error("%s; going on from %s", problem, name)
-        return folder / name, state
-    if problems:
-        raise problems[0]
-    return None
-
-
-def save_rank_state(folder: Path, state: dict[str, Any], step: int, rank: int, size: int, keep: int) -> None:
-    """Writes what only worker ``rank`` of ``size`` knows beside the checkpoint of ``step``, on its own disk; deletes all but its ``keep`` newest."""
     import torch
 
+    return torch.load(io.BytesIO(_good_content(path, _read_manifest(path.parent))), map_location="cpu", weights_only=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest good checkpoint in ``folder``; bad ones that are newer are set aside, under a name with ``.bad``, with a line in the log.
+
+    None for a folder without any. Raises InputError where there are checkpoints and none is good.
+    """
+    bad: list[Path] = []
+    newest = next(_good_checkpoints(folder, bad), None)
+    for path in bad:
+        if path.exists():
+            path.replace(path.with_name(f"{path.name}.bad"))
+            sync_folder(folder)
+        where = f"going on from {newest.name}" if newest else "there is no other"
+        log.error("CHECKPOINT %s IS BAD or gone, and is set aside as %s.bad; %s", path.name, path.name, where)
+    if newest is None and any(folder.glob(f"{FILES}.bad")):
+        raise InputError(f"{folder}: no checkpoint in it is good; to start anew, delete what ends in .bad or choose another --name")
+    return newest
+
+
+def write_rank_state(folder: Path, content: memoryview, step: int, rank: int, size: int, keep: int) -> None:
+    """Writes what only worker ``rank`` of ``size`` knows beside the checkpoint of ``step``, on its own disk; deletes all but its ``keep`` newest."""
     folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getvalue()
     with atomic_file(folder / _rank_file(step, rank, size)) as stream:
-        stream.write(hashlib.sha256(content).digest() + content)
+        stream.write(hashlib.sha256(content).digest())
+        stream.write(content)
     for outdated in sorted(folder.glob(f"step-*.rank-{rank}-of-*.pt"))[:-keep]:
         outdated.unlink(missing_ok=True)
 
 
 def read_rank_state(folder: Path, step: int, rank: int, size: int) -> dict[str, Any] | None:
-    """What ``save_rank_state`` wrote; None where there is nothing good: another number of workers, another host, a spoilt file."""
+    """What ``write_rank_state`` wrote; None where there is nothing good: another number of workers, another host, a spoilt file."""
     import torch
 
     path = folder / _rank_file(step, rank, size)
@@ -128,16 +129,96 @@ def find_checkpoint(target: Path) -> tuple[Path, Path]:
         run = target.parent.parent
     else:
         raise InputError(f"--resume {target}: no run folder or checkpoint there")
-    found = newest_checkpoint(run / "checkpoints")
-    if found is None:
+    newest = next(_good_checkpoints(run / "checkpoints", []), None)
+    if newest is None:
         raise InputError(f"--resume {target}: no good checkpoint in {run / 'checkpoints'}")
-    return run, found[0]
+    return run, newest
 
 
-def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+def _good_checkpoints(folder: Path, bad: list[Path]) -> Iterator[Path]:
+    """Good checkpoints, newest first; those that were found to be bad on the way go to ``bad``."""
+    manifest = _read_manifest(folder)
+    for name in sorted(manifest, reverse=True):
+        try:
+            _good_content(folder / name, manifest)
+        except InputError as error:
+            log.error("%s", error)
+            bad.append(folder / name)
+        else:
+            yield folder / name
+
+
+def _good_content(path: Path, manifest: Manifest) -> bytes:
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"checkpoint {path}: {error.strerror}") from None
+    known = manifest.get(path.name)
+    if known is None:
+        raise InputError(f"checkpoint {path}: not a whole checkpoint")
+    if len(content) != known["bytes"] or hashlib.sha256(content).hexdigest() != known["sha256"]:
+        raise InputError(f"checkpoint {path}: torn or changed since it was written (SHA-256 differs); take an earlier one")
+    return content
+
+
+def _write_checked(path: Path, content: memoryview) -> str:
+    """Writes a file and reads it back before it takes its name; gives its SHA-256 (OSError: it differs)."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    with atomic_file(path, "w+b") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from what the kernel remembers
+        stream.seek(0)
+        if _digest_of(stream) != sha256:
+            raise OSError(f"{path.name}: the disk gives back other bytes than were written")
+    return sha256
+
+
+def _digest_of(stream: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while part := stream.read(CHUNK_BYTES):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _outdated(manifest: Manifest, keep: int) -> list[str]:
+    best = [name for name in sorted(manifest) if manifest[name].get("best")][-1:]
+    return [name for name in sorted(manifest)[:-keep] if name not in best]
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    """What is known of each checkpoint. A file without an entry (its writer was killed, or the manifest was spoilt) is judged by the checksums that
+    torch keeps inside, CRC-32 of each tensor."""
+    try:
+        manifest = _parse_manifest((folder / MANIFEST).read_text())
     except FileNotFoundError:
-        return {}
+        manifest = {}
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / MANIFEST}: unreadable ({error})") from None
+        log.error("%s is unreadable (%s): checkpoints are judged by the checksums inside them", folder / MANIFEST, error)
+        manifest = {}
+    for path in folder.glob(FILES):
+        if path.name not in manifest and _is_sound(path):
+            content = path.read_bytes()
+            manifest[path.name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "step": int(path.stem.removeprefix("step-"))}
+    return manifest
+
+
+def _parse_manifest(text: str) -> Manifest:
+    manifest = json.loads(text)
+    if not isinstance(manifest, dict):
+        raise ValueError("not a table of files")
+    known = {"sha256": str, "bytes": int}
+    return {
+        name: entry
+        for name, entry in manifest.items()
+        if isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in known.items())
+    }
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):  # whatever a spoilt header leads to
+        return False

@@ -59,7 +59,10 @@ def resumed_folder(config: Config) -> Path | None:
 
 
 def open_run(config: Config) -> Run:
-    """The run that ``config`` means: a resumed one with its state, or a new one under a name that is not taken. Writes nothing."""
+    """The run that ``config`` means: a resumed one with its state, or a new one under a name that is not taken.
+
+    Writes nothing; but a bad checkpoint is set aside under another name.
+    """
     folder = resumed_folder(config)
     if folder is None:
         return Run(new_folder(Path(config.project), config.name, config.exist_ok or config.resume == "auto"))
@@ -67,7 +70,7 @@ def open_run(config: Config) -> Run:
         newest = newest_checkpoint(folder / "checkpoints")
         if newest is None and config.resume == "newest":
             raise InputError(f"--resume: no good checkpoint in {folder / 'checkpoints'}")
-        return Run(folder, newest[1] if newest else None)
+        return Run(folder, read_checkpoint(newest) if newest else None)
     return Run(folder, read_checkpoint(find_checkpoint(Path(config.resume))[1]))
 
 

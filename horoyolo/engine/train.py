@@ -53,6 +53,7 @@ def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> bool:
     finally:
         for hook in hooks:
             hook.after_train()
+        job.background.wait()
     return True
 
 
@@ -191,7 +192,7 @@ def finish_epoch(job: Training, epoch: int, started_s: float) -> EpochRecord:
         job.heed(metrics)
     is_best = metrics is not None and progress.score(epoch, fitness(metrics))
     job.save_weights(ema, epoch, metrics, is_best)
-    job.save_checkpoint(whole_state(job))
+    job.save_checkpoint(whole_state(job), is_best)
     val = val_losses or (None, None, None)
     return EpochRecord(
         epoch=epoch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -114,7 +115,8 @@ class DrawPlots(Hook):
 
     def after_step(self, record: StepRecord, batch: Any) -> None:
         if record.step <= PLOTTED_BATCHES:
-            plot_batch(batch.images, batch.targets, self._job.model.names, self._job.run.plots / f"train_batch{record.step - 1}.png")
+            path = self._job.run.plots / f"train_batch{record.step - 1}.png"
+            drawn(path.name, lambda: plot_batch(batch.images, batch.targets, self._job.model.names, path))
 
     def after_epoch(self, record: EpochRecord) -> None:
         if time.monotonic() - self._drawn_s >= CURVES_EVERY_S:
@@ -125,7 +127,15 @@ class DrawPlots(Hook):
         self._draw_curves()
 
     def _draw_curves(self) -> None:
-        plot_curves(self._job.run.folder / "results.csv", self._job.run.plots)
+        drawn("curves", lambda: plot_curves(self._job.run.folder / "results.csv", self._job.run.plots))
+
+
+def drawn(what: str, draw: Callable[[], object]) -> None:
+    """Draws; where the disk is full there is no picture."""
+    try:
+        draw()
+    except OSError as error:
+        log.error("%s not drawn: %s", what, error)
 
 
 class TellUnreadable(Hook):

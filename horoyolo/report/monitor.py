@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
 from horoyolo.files import atomic_file
+
+log = logging.getLogger("horoyolo")
 
 BAR_WIDTH = 20
 
@@ -29,7 +33,8 @@ class Writer(Protocol):
 class CsvWriter:
     """A CSV file with fixed columns, a row a call. A row is written at once and whole, so that a crash leaves no half of one.
 
-    An existing file is gone on with, without the rows whose ``step`` is beyond ``after_step``: a resumed run writes these again.
+    An existing file is gone on with, without the rows whose ``step`` is beyond ``after_step``: a resumed run writes these again. What a full disk
+    does not take waits until it does.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], after_step: int = 0) -> None:
@@ -38,10 +43,20 @@ class CsvWriter:
         with atomic_file(path, "w") as stream:
             stream.write(self._lines([dict(zip(self._columns, self._columns, strict=True)), *kept]))
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._name = path.name
+        self._waiting = b""
+        self._told = False
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends a row; ``metrics`` holds every column, None for a figure that there is none of."""
-        os.write(self._descriptor, self._lines([metrics]).encode())
+        self._waiting += self._lines([metrics]).encode()
+        try:
+            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                log.error("%s: %s; its rows wait, training goes on", self._name, error.strerror)
+            self._told = True
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -60,15 +75,21 @@ class TensorBoardWriter:
         from torch.utils.tensorboard import SummaryWriter  # takes a second: only where it is used
 
         self._writer = SummaryWriter(str(folder), purge_step=after_step + 1 if after_step else None)
+        self._failed = False
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Adds every number; what is not a number is left out."""
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                self._writer.add_scalar(name, value, step)
+        """Adds every number; what is not a number is left out. After a full disk nothing more is added."""
+        try:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)) and not self._failed:
+                    self._writer.add_scalar(name, value, step)
+        except OSError as error:
+            self._failed = True
+            log.error("TensorBoard events: %s; they end here, training goes on", error.strerror)
 
     def close(self) -> None:
-        self._writer.close()
+        with suppress(OSError):  # told before
+            self._writer.close()
 
 
 class Progress:

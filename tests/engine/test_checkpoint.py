@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from horoyolo.config import InputError
-from horoyolo.engine.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
+from horoyolo.engine import checkpoint
+from horoyolo.engine.checkpoint import (
+    find_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    read_rank_state,
+    serialised,
+    write_checkpoint,
+    write_rank_state,
+)
+
+Limit = Callable[[int], AbstractContextManager[None]]
 
 
-def save(folder: Path, step: int) -> Path:
-    return save_checkpoint(folder, {"value": torch.full((1000,), float(step)), "step": step}, step, keep=2, notes={"epoch": 0})
+def save(folder: Path, step: int, keep: int = 2, **notes: object) -> Path:
+    return write_checkpoint(folder, serialised({"value": torch.full((1000,), float(step)), "step": step}), step, keep, notes={"epoch": 0, **notes})
+
+
+def newest_step(folder: Path) -> int | None:
+    path = newest_checkpoint(folder)
+    return None if path is None else read_checkpoint(path)["step"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
 
 
 def test_what_was_saved_is_read(tmp_path: Path) -> None:
@@ -23,32 +54,146 @@ def test_what_was_saved_is_read(tmp_path: Path) -> None:
     assert torch.equal(state["value"], torch.full((1000,), 7.0))
 
 
-def test_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 30, 4):
-        save(tmp_path, step)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "step-00000004.pt", "step-00000030.pt"]
-    found = newest_checkpoint(tmp_path)
-    assert found is not None
-    assert found[1]["step"] == 30
+def test_training_may_go_on_from_what_was_serialised(tmp_path: Path) -> None:
+    value = torch.zeros(1000)
+    content = serialised({"value": value})
+    value.fill_(1)
+    assert read_checkpoint(write_checkpoint(tmp_path, content, 1, 1, {}))["value"].sum() == 0
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "delete"])
-def test_a_spoilt_file_is_found_and_the_one_before_taken(tmp_path: Path, damage: str) -> None:
+def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
+    for step, best in ((1, True), (2, True), (30, False), (4, False), (31, False)):
+        save(tmp_path, step, best=best)
+    assert names(tmp_path) == ["manifest.json", "step-00000002.pt", "step-00000030.pt", "step-00000031.pt"]
+    assert newest_step(tmp_path) == 31
+    save(tmp_path, 32, best=True)
+    assert names(tmp_path) == ["manifest.json", "step-00000031.pt", "step-00000032.pt"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "delete", "empty"])
+def test_a_spoilt_file_is_set_aside_and_the_one_before_taken(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2)
-    content = bytearray(path.read_bytes())
+    content = path.read_bytes()
     if damage == "cut":
         path.write_bytes(content[:-10])
     elif damage == "flip":
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+        flip(path, 4 * len(content))
+    elif damage == "empty":
+        path.write_bytes(b"")
     else:
         path.unlink()
     with pytest.raises(InputError, match="step-00000002"):
         read_checkpoint(path)
-    found = newest_checkpoint(tmp_path)
+    assert newest_step(tmp_path) == 1
+    assert "step-00000002.pt IS BAD" in caplog.text
+    assert "going on from step-00000001.pt" in caplog.text
+    assert not path.exists()
+    assert (tmp_path / "step-00000002.pt.bad").exists() == (damage != "delete")
+    save(tmp_path, 2)  # the run comes by again
+    caplog.clear()
+    assert newest_step(tmp_path) == 2
+    assert not caplog.records
+
+
+def test_a_bit_flipped_anywhere_is_found(tmp_path: Path) -> None:
+    """Whatever bit of the newest checkpoint, or of the manifest: what is loaded is what was saved, and the run goes on."""
+    saved = tmp_path / "saved"
+    save(saved, 1)
+    path = save(saved, 2)
+    draw = np.random.default_rng(0)
+    for _ in range(60):
+        folder = tmp_path / "flipped"
+        shutil.copytree(saved, folder)
+        flip(folder / path.name, int(draw.integers(8 * path.stat().st_size)))
+        assert newest_step(folder) == 1
+        shutil.rmtree(folder)
+    taken = set()
+    for _ in range(60):
+        shutil.copytree(saved, folder)
+        flip(folder / "manifest.json", int(draw.integers(8 * (saved / "manifest.json").stat().st_size)))
+        step = newest_step(folder)
+        assert step is not None
+        taken.add(step)
+        assert save(folder, 3).is_file()
+        assert newest_step(folder) == 3
+        shutil.rmtree(folder)
+    assert taken == {1, 2}  # 1: the digest of 2 was hit, which must then count as bad
+
+
+def test_checksums_inside_find_a_flipped_bit_where_the_manifest_is_gone(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    (tmp_path / "manifest.json").unlink()
+    assert newest_step(tmp_path) == 2
+    flip(path, 4 * path.stat().st_size)  # of a tensor: the file is mostly one
+    assert newest_step(tmp_path) == 1
+
+
+def test_where_none_is_good_nothing_starts_anew_by_itself(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    path = save(tmp_path, 1)
+    flip(path, 4 * path.stat().st_size)
+    for _ in range(2):
+        with pytest.raises(InputError, match="no checkpoint in it is good"):
+            newest_checkpoint(tmp_path)
+    (tmp_path / "step-00000001.pt.bad").unlink()
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_full_disk_spoils_no_earlier_file(tmp_path: Path, file_limit: Limit) -> None:
+    save(tmp_path, 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for limit in (50, 3000):  # in the manifest; in the checkpoint
+        with pytest.raises(OSError, match="File too large"), file_limit(limit):
+            save(tmp_path, 2)
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_a_disk_that_gives_back_other_bytes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_digest_of", lambda stream: "another")
+    with pytest.raises(OSError, match="other bytes"):
+        save(tmp_path, 2)
+    assert names(tmp_path) == ["manifest.json", "step-00000001.pt"]
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    for name in (".step-00000002.pt.abc.tmp", ".manifest.json.abc.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    other_rank = tmp_path / ".step-00000002.rank-1-of-2.pt.abc.tmp"  # another worker may be at it
+    other_rank.write_bytes(b"half")
+    save(tmp_path, 3)
+    assert [path.name for path in tmp_path.glob(".*")] == [other_rank.name]
+
+
+def test_a_file_whose_writer_was_killed_before_the_manifest_counts(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    manifest = (tmp_path / "manifest.json").read_bytes()
+    save(tmp_path, 2)
+    (tmp_path / "manifest.json").write_bytes(manifest)
+    assert newest_step(tmp_path) == 2
+    save(tmp_path, 3)
+    assert sorted(json.loads((tmp_path / "manifest.json").read_text())) == ["step-00000002.pt", "step-00000003.pt"]
+    assert not (tmp_path / "step-00000001.pt").exists()
+
+
+def test_what_is_a_worker_s_own_is_found_to_be_spoilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = serialised({"residual": torch.ones(100)})
+    for step in (1, 2, 3):
+        write_rank_state(tmp_path, content, step, rank=1, size=2, keep=2)
+    assert names(tmp_path) == ["step-00000002.rank-1-of-2.pt", "step-00000003.rank-1-of-2.pt"]
+    found = read_rank_state(tmp_path, 3, rank=1, size=2)
     assert found is not None
-    assert found[1]["step"] == 1
+    assert torch.equal(found["residual"], torch.ones(100))
+    assert read_rank_state(tmp_path, 3, rank=1, size=3) is None
+    path = tmp_path / "step-00000003.rank-1-of-2.pt"
+    flip(path, 4 * path.stat().st_size)
+    with caplog.at_level(logging.ERROR, "horoyolo"):
+        assert read_rank_state(tmp_path, 3, rank=1, size=2) is None
+    assert "goes on without it" in caplog.text
 
 
 def test_resume_takes_a_run_a_checkpoint_or_its_weights(tmp_path: Path) -> None:
@@ -65,10 +210,3 @@ def test_resume_of_nothing_says_so(tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
     with pytest.raises(InputError, match="no run folder"):
         find_checkpoint(tmp_path / "absent")
-
-
-def test_a_file_without_an_entry_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
-    (tmp_path / "manifest.json").write_text(json.dumps({}))
-    with pytest.raises(InputError, match="no entry"):
-        read_checkpoint(path)

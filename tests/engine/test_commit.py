@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 
 from horoyolo.engine.commit import Commits, copied, first_bad, restore
 from horoyolo.engine.state import Progress, TrainState
+
+Limit = Callable[[int], AbstractContextManager[None]]
 
 
 def state_at(update: int) -> dict[str, Any]:
@@ -80,17 +83,11 @@ def test_whoever_is_killed_while_copying_leaves_a_whole_state(tmp_path: Path) ->
     assert torch.equal(found[1]["weights"], torch.full((300_000,), float(found[0])))
 
 
-def test_a_full_folder_costs_the_copy_alone(tmp_path: Path) -> None:
+def test_a_full_folder_costs_the_copy_alone(tmp_path: Path, file_limit: Limit) -> None:
     commits = Commits(tmp_path)
     commits.save(state_at(1), 1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
+    with file_limit(1000):
         commits.save(state_at(2), 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
     found = commits.latest()
     assert found is not None
     assert found[0] == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from horoyolo.config import Config, InputError, load
-from horoyolo.engine.checkpoint import save_checkpoint
+from horoyolo.engine.checkpoint import serialised, write_checkpoint
 from horoyolo.engine.runs import Run, new_folder, open_run, resumed_folder
 
 
@@ -19,7 +19,7 @@ def config_in(project: Path, **values: object) -> Config:
 def saved_run(project: Path, name: str) -> Path:
     run = Run(project / name)
     run.create(config_in(project, name=name, batch=8))
-    save_checkpoint(run.checkpoints, {"step": 3}, 3, keep=1, notes={})
+    write_checkpoint(run.checkpoints, serialised({"step": 3}), 3, keep=1, notes={})
     return run.folder
 
 

@@ -112,7 +112,7 @@ def test_a_run_folder_holds_what_scripts_rely_on(whole: Path) -> None:
         assert (folder / name).is_file(), name
     assert {path.name for path in (folder / "plots").iterdir()} >= {"losses.png", "map.png", "train_batch0.png"}
     assert list(folder.rglob("events.out.tfevents*"))
-    assert len(list((folder / "checkpoints").glob("*.pt"))) == 2
+    assert {path.name for path in (folder / "checkpoints").glob("*.pt")} >= {"step-00000009.pt", "step-00000012.pt"}  # and that of the best epoch
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["last"]["epoch"] == 3
     for name in ("map50", "map50_95", "precision", "recall", "per_class", "images", "instances", "epoch"):

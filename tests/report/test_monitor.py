@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from horoyolo.report.monitor import CsvWriter, Progress
@@ -28,6 +30,19 @@ def test_rows_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
     writer.write(1, {"step": 1, "loss": None})
     assert rows(tmp_path / "steps.csv") == [{"step": "1", "loss": ""}]
     writer.close()
+
+
+def test_rows_wait_while_the_disk_is_full(tmp_path: Path, file_limit: Callable[[int], AbstractContextManager[None]]) -> None:
+    path = tmp_path / "steps.csv"
+    writer = CsvWriter(path, COLUMNS)
+    for step in range(1, 4):
+        writer.write(step, {"step": step, "loss": 1 / 3})
+    with file_limit(path.stat().st_size + 5):  # room for a part of a row
+        for step in range(4, 7):
+            writer.write(step, {"step": step, "loss": 1 / 3})
+    writer.write(7, {"step": 7, "loss": 1 / 3})
+    writer.close()
+    assert rows(path) == [{"step": str(step), "loss": "0.33333333"} for step in range(1, 8)]
 
 
 def test_a_resumed_run_drops_the_rows_beyond_its_checkpoint(tmp_path: Path) -> None:
