@@ -376,7 +376,7 @@ def _synthesise(parsed: argparse.Namespace) -> int:
 
 
 def _describe_bench(parser: _Parser) -> None:
-    from horoyolo.bench.flags import describe_allreduce, describe_compression, describe_scaling, describe_step
+    from horoyolo.bench.flags import describe_allreduce, describe_compression, describe_elastic, describe_scaling, describe_step
 
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     for name, describe, text in (
@@ -384,6 +384,7 @@ def _describe_bench(parser: _Parser) -> None:
         ("scaling", describe_scaling, "what the exchange costs, against processes without any"),
         ("allreduce", describe_allreduce, "a sum over workers by its size, against stock Horovod and plain sockets"),
         ("compression", describe_compression, "what each way to sum gradients costs, on links of several speeds"),
+        ("elastic", describe_elastic, "how soon training goes on when a worker is killed, and what being ready for it costs"),
     ):
         bench = benches.add_parser(name, help=text)
         describe(bench)

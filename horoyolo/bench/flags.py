@@ -10,6 +10,7 @@ LAUNCHERS = ("horovodrun", "mpirun")
 LAYOUTS = ("channels_last", "NCHW")
 SIZES = [4**power for power in range(1, 14)]  # 4 B to 64 MiB
 PEERS = ("stock", "stock-fp16", "ddp", "ddp-nchw", "ddp-fp16", "ddp-fp16-nchw", "ddp-powersgd")
+ELASTIC_PEERS = ("stock", "torchrun")
 
 
 def describe_step(parser: argparse.ArgumentParser) -> None:
@@ -63,16 +64,31 @@ def describe_compression(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", default="", metavar="FILE.png")
 
 
-def _describe_workers(parser: argparse.ArgumentParser) -> None:
+def describe_elastic(parser: argparse.ArgumentParser) -> None:
+    """``bench elastic``: workers are killed, and runs left alone."""
+    _describe_workers(parser, num_workers=3)
+    _describe_model(parser, cfg="yolov5n", img=64, batch=4, steps=100)
+    _describe_repeats(parser)
+    parser.add_argument("--kills", type=int, default=20, help="of a worker of each elastic run, one a run; 0: step rates alone")
+    parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="a run that has not gone on by then never does")
+    parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
+    peers = "others in turn: stock Horovod's elastic run with TorchState, DDP under torchrun; bare: both"
+    parser.add_argument("--peers", nargs="*", default=None, choices=ELASTIC_PEERS, help=peers)
+    parser.add_argument("--folder", default="runs/bench", help="where runs write meanwhile; all hosts see it")
+
+
+def _describe_workers(parser: argparse.ArgumentParser, num_workers: int = 2) -> None:
     describe_hosts(parser)
-    parser.add_argument("-np", "--num-proc", type=int, default=None, metavar="N", help="workers, each with one thread; by default 2, or one a slot")
+    how_many = f"workers, each with one thread; by default {num_workers}, or one a slot"
+    parser.add_argument("-np", "--num-proc", type=int, default=None, metavar="N", help=how_many)
+    parser.set_defaults(num_here=num_workers)
 
 
-def _describe_model(parser: argparse.ArgumentParser, cfg: str, batch: int) -> None:
+def _describe_model(parser: argparse.ArgumentParser, cfg: str, batch: int, img: int = 320, steps: int = 10) -> None:
     parser.add_argument("--cfg", default=cfg)
-    parser.add_argument("--img", type=int, default=320, help="side in pixels")
+    parser.add_argument("--img", type=int, default=img, help="side in pixels")
     parser.add_argument("--batch", type=int, default=batch, help="images a step of each process")
-    parser.add_argument("--steps", type=int, default=10, help="steps a repeat")
+    parser.add_argument("--steps", type=int, default=steps, help="steps a repeat")
 
 
 def _describe_repeats(parser: argparse.ArgumentParser) -> None:

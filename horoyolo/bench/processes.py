@@ -72,12 +72,12 @@ class Place:
 
 
 def chosen_place(parsed: argparse.Namespace) -> Place:
-    """What the flags of a bench say: by default two workers here, or one a slot of the hosts that are named (InputError: less than two)."""
+    """What the flags of a bench say: by default ``num_here`` workers here, or one a slot of the hosts that are named (InputError: less than two)."""
     if parsed.hostfile or parsed.hosts or parsed.slurm:
         hosts = named_hosts(parsed, os.environ)
         hosts = take_slots(hosts, parsed.num_proc or sum(host.slots for host in hosts))
     else:
-        hosts = local_hosts(parsed.num_proc or 2)
+        hosts = local_hosts(parsed.num_proc or parsed.num_here)
     place = Place(hosts, "" if all_local(hosts) else parsed.nic or interface_to(hosts), chosen_ssh(parsed))
     if place.num_workers < 2:
         raise InputError(f"{place.num_workers} worker (-np, --hosts); an exchange needs at least two")
