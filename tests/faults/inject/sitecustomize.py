@@ -1,0 +1,60 @@
+"""What can go wrong inside a process, for tests: Python runs this at its start where the folder is on PYTHONPATH and HOROYOLO_FAULTS names a folder.
+
+Files there say what to do, the host's name behind a dot: ``clock.node2`` holds seconds by which ``time.time`` is off, read again at every call;
+``slow.node2`` seconds that a worker waits before it does anything. A worker that gets SIGUSR2 ends as one that was out of memory does, with
+status 137; after SIGRTMIN its next backward passes, as many as the file ``nan`` says, begin with a loss that is no number.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def skew_clock(offset: Path) -> None:
+    """``time.time`` is off by what the file says, while it is there."""
+    true_time = time.time
+
+    def skewed() -> float:
+        try:
+            return true_time() + float(offset.read_text())
+        except (OSError, ValueError):  # it is not there, or just being written
+            return true_time()
+
+    time.time = skewed
+
+
+def poison(count: int) -> None:
+    """The next backward passes of this process begin with NaN."""
+    import torch
+
+    true_backward = torch.Tensor.backward
+    left = count
+
+    def backward(loss, *args, **kwargs):
+        nonlocal left
+        if left == 0:
+            return true_backward(loss, *args, **kwargs)
+        left -= 1
+        return true_backward(loss * float("nan"), *args, **kwargs)
+
+    torch.Tensor.backward = backward
+
+
+def install(folder: Path) -> None:
+    """Arms this process."""
+    host = os.uname().nodename
+    skew_clock(folder / f"clock.{host}")
+    if "HOROYOLO_ELASTIC_FD" not in os.environ:
+        return
+    signal.signal(signal.SIGUSR2, lambda *_: os._exit(137))
+    signal.signal(signal.SIGRTMIN, lambda *_: poison(int((folder / "nan").read_text())))
+    slow = folder / f"slow.{host}"
+    if slow.exists():
+        time.sleep(float(slow.read_text()))
+
+
+if os.environ.get("HOROYOLO_FAULTS"):
+    install(Path(os.environ["HOROYOLO_FAULTS"]))

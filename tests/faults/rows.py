@@ -1,0 +1,480 @@
+"""The fault matrix: what goes wrong, what is expected then, and how it is made to happen. A row gives what happened; ``Failed`` says what did not."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rig import SAME, START_S, Failed, Job, Rig, kill
+
+THREE = "node1 slots=1, node2 slots=1, node3 slots=1"
+TWO = "node1 slots=1, node2 slots=1"
+WARM = 6  # steps before anything happens
+KILL_S, VANISH_S, LEASE_S, HANG_S = 2.5, 20.0, 15.0, 15.0
+SLACK_S = 5.0  # for processes to go when they have decided to
+
+
+@dataclass
+class Result:
+    """What a row saw."""
+
+    happened: str
+    seconds: float | None = None  # from the fault to the first completed step
+    limit_s: float | None = None
+    account: dict[str, Any] | None = None  # of the ledger
+    deviation: float | None = None  # of losses, from the undisturbed run: the same weights everywhere, or the sums would differ
+
+    def why_not(self) -> str:
+        """Why the row does not hold; empty where it does."""
+        if self.seconds is not None and self.limit_s is not None and self.seconds > self.limit_s:
+            return f"{self.seconds:.1f} s, at most {self.limit_s:.1f} s are wanted"
+        if self.account is not None and not self.account["exact"]:
+            return f"the ledger is not exact: missing {self.account['missing']}, double {self.account['double']}"
+        if self.deviation is not None and self.deviation > SAME:
+            return f"losses differ by {self.deviation:.2g} from the undisturbed run's"
+        return ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the matrix."""
+
+    number: str
+    fault: str
+    expected: str
+    check: Callable[[Rig], Result]
+    quick: bool = False  # in the tests of every change
+
+
+def finished(job: Job, happened: str, seconds: float | None = None, limit_s: float | None = None, compare: bool = True) -> Result:
+    """Ends a job in order and looks at all that it left; ``compare``: it saw the same images as the undisturbed run."""
+    status = job.stop()
+    if status != 75:
+        raise Failed(f"the job ended with {status}, 75 is wanted: {job.last_lines()}")
+    leftover = {host: pids for host in job.lab.hosts if (pids := job.of_job(host))}
+    if leftover:
+        raise Failed(f"processes are left: {leftover}")
+    return Result(happened, seconds, limit_s, job.account(), job.deviation() if compare else None)
+
+
+# -- 1, 2, 8: workers that die
+
+
+def worker_killed(rig: Rig, hosts: str = THREE) -> Result:
+    with rig.job(hosts) as job:
+        job.train_until(WARM, 3)
+        _, pid = job.follower()
+        kill(pid)
+        seconds = job.next_step(2, 60)
+        job.more_steps(3)
+        return finished(job, "the two others went on", seconds, KILL_S)
+
+
+def worker_of_one_host_killed(rig: Rig) -> Result:
+    return worker_killed(rig, "node1 slots=3")
+
+
+def rank_zero_killed(rig: Rig) -> Result:
+    with rig.job(THREE) as job:
+        job.train_until(2, 3)
+        _, pid = job.rank_zero()
+        kill(pid)
+        seconds = job.next_step(2, 60)
+        job.more_steps(3)
+        return finished(job, "the two others went on with their weights; another one writes", seconds, KILL_S)
+
+
+def killed_again_and_again(rig: Rig) -> Result:
+    """A death while the others still form the generation after the last one."""
+    with rig.job("node1 slots=2, node2 slots=2") as job:
+        job.train_until(WARM, 4)
+        kill(job.follower()[1])
+        time.sleep(0.15)
+        kill(job.follower()[1])
+        seconds = job.next_step(2, 60)
+        job.more_steps(3)
+        return finished(job, "the two others went on", seconds, 2 * KILL_S)
+
+
+def out_of_memory(rig: Rig) -> Result:
+    with rig.job(THREE) as job:
+        job.train_until(WARM, 3)
+        host, pid = job.follower()
+        kill(pid, signal.SIGUSR2)
+        seconds = job.next_step(2, 60)
+        wants(job, "137", "the reason in the log")
+        back = job.next_step(3, 120)
+        return finished(job, f"status 137 was told; a worker of {host} was back {back:.0f} s later", seconds, KILL_S)
+
+
+# -- 3 to 7: hosts, links and workers that hang
+
+
+def host_lost(rig: Rig) -> Result:
+    with rig.job(THREE) as job:
+        job.train_until(WARM, 3)
+        rig.lab.cut("node3")
+        began_s = time.monotonic()
+        for pid in job.of_job("node3"):
+            kill(pid)
+        job.next_step(2, 90)
+        seconds = time.monotonic() - began_s
+        wants(job, "node3", "the host's name in the log")
+        job.more_steps(3)
+        rig.lab.heal("node3")
+        back = job.next_step(3, 120)
+        return finished(job, f"the others went on; healed, the host was back within {back:.0f} s", seconds, VANISH_S)
+
+
+def partition(rig: Rig) -> Result:
+    """Cut off is the host of rank 0; its processes live on."""
+    with rig.job("node3 slots=1, node1 slots=1, node2 slots=1") as job:
+        job.train_until(WARM, 3)
+        host, _ = job.rank_zero()
+        if host == "node1":
+            raise Failed("rank 0 is beside the launcher, where nothing can be cut off; it was expected on the first host of the list")
+        rig.lab.cut(host)
+        seconds = job.next_step(2, 90)
+        job.until(lambda: not job.workers()[host], f"no worker on {host}", LEASE_S + HANG_S + SLACK_S)
+        if len(job.writers()) != 1:
+            raise Failed(f"writers: {job.writers()}")
+        job.more_steps(3)
+        rig.lab.heal(host)
+        return finished(job, f"the side of the launcher went on, {host} stopped; one writer", seconds, VANISH_S)
+
+
+def slow_link(rig: Rig) -> Result:
+    with rig.job(THREE) as job:
+        job.train_until(WARM, 3)
+        rig.lab.shape("node3", "10mbit")
+        began, before_s = job.step(), time.monotonic()
+        warned_s = job.until(lambda: "network" in job.log(), "a warning", 60)
+        job.more_steps(2)
+        rate = (job.step() - began) / (time.monotonic() - before_s)
+        rig.lab.unshape("node3")
+        job.more_steps(3)
+        return finished(job, f"{rate:.2f} steps/s, warned after {warned_s:.0f} s; nobody was left out")
+
+
+def lossy_link(rig: Rig) -> Result:
+    rule = ["INPUT", "-i", "eth0", "-m", "statistic", "--mode", "random", "--probability", "0.05", "-j", "DROP"]
+    with rig.job(THREE) as job:
+        job.train_until(WARM, 3)
+        rig.lab.run("node3", ["iptables", "-A", *rule], check=True)
+        try:
+            began, before_s = job.step(), time.monotonic()
+            job.more_steps(15)
+            rate = (job.step() - began) / (time.monotonic() - before_s)
+        finally:
+            rig.lab.run("node3", ["iptables", "-D", *rule])
+        wants_not(job, "died", "a death")
+        return finished(job, f"no crash, {rate:.2f} steps/s")
+
+
+def stopped_worker(rig: Rig) -> Result:
+    with rig.job(THREE) as job:
+        job.train_until(WARM, 3)
+        _, pid = job.follower()
+        kill(pid, signal.SIGSTOP)
+        seconds = job.next_step(2, 90)
+        job.until(lambda: not os.path.exists(f"/proc/{pid}"), "its end", SLACK_S)
+        job.more_steps(3)
+        return finished(job, "it was found, killed and left out", seconds, HANG_S + 5)
+
+
+# -- 9 to 13: disks and files
+
+
+def disk_full(rig: Rig) -> Result:
+    """The run folder is on a small disk of its own, on the host of rank 0; the others see the folder beneath."""
+    with rig.job("node1 slots=2, node2 slots=1", words=["--set", f"project={rig.folder}/disk"]) as job:
+        raise Failed("not written yet")
+
+
+def spoilt_checkpoint(rig: Rig) -> Result:
+    """The newest checkpoint gets a flipped bit, then the next one is cut short: each time the one before is used."""
+    with rig.job(TWO) as job:
+        job.train_until(25, 2)
+        job.stop()
+        names = []
+        for spoil in (flip_bit, cut_short):
+            newest = max((job.run_folder / "checkpoints").glob("*.pt"), key=lambda path: path.stat().st_mtime)
+            names.append(newest.name)
+            spoil(newest)
+        before = job.step()
+        mark = len(job.log())
+        job.launch("--resume", "auto")
+        job.until(lambda: "resumed at step" in job.log()[mark:], "a line that says where it goes on", START_S)
+        job.until(lambda: job.step() > before, f"step {before + 1}", START_S)
+        said = job.log()[mark:]
+        if not all(name in said for name in names):
+            raise Failed(f"{names} are not named as bad: {job.last_lines()}")
+        return finished(job, f"{' and '.join(names)} were named and left aside; {told(job, 'resumed at step')}")
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def bad_files(rig: Rig) -> Result:
+    """An image of noise, a cut one, a label of NaN and one with a class that is not there: left out, named, and everybody goes on."""
+    data = own_data(rig, "bad")
+    images, labels = sorted(data.glob("images/train/*")), sorted(data.glob("labels/train/*.txt"))
+    images[0].write_bytes(b"\0" * 1000)
+    cut_short(images[1])
+    labels[2].write_text("0 nan 0.5 0.1 0.1\n")
+    labels[3].write_text("99 0.5 0.5 0.1 0.1\n")
+    wrong = [path.name for path in (*images[:2], *labels[2:4])]
+    with rig.job(TWO, data=data / "data.yaml") as job:
+        job.train_until(WARM, 2)
+        job.more_steps(10)
+        missing = [name for name in wrong if Path(name).stem not in job.log()]
+        if missing:
+            raise Failed(f"{missing} are not named: {job.last_lines()}")
+        result = finished(job, "four bad files were named, the rest was trained on", compare=False)
+    for path in images[: len(images) // 2]:
+        path.write_bytes(b"\0" * 1000)
+    with rig.job(TWO, data=data / "data.yaml") as job:
+        status = job.wait(START_S)
+        if status not in (1, 2):
+            raise Failed(f"with half of the images bad the job ended with {status}")
+    result.happened += f"; with half of them bad the job ended with status {status}"
+    return result
+
+
+def files_vanish(rig: Rig) -> Result:
+    data = own_data(rig, "vanish")
+    with rig.job(THREE, data=data / "data.yaml") as job:
+        job.train_until(WARM, 3)
+        gone = sorted(data.glob("images/train/*"))[:3]
+        for path in gone:
+            path.unlink()
+        job.more_steps(22)  # two epochs
+        missing = [path.name for path in gone if path.stem not in job.log()]
+        if missing:
+            raise Failed(f"{missing} are not named: {job.last_lines()}")
+        return finished(job, "named, replaced on all alike; everybody went on", compare=False)
+
+
+def own_data(rig: Rig, name: str) -> Path:
+    """A copy of the data set that may be spoilt."""
+    folder = rig.folder / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(rig.data.parent, folder, ignore=shutil.ignore_patterns("*.cache*", ".horoyolo*"))
+    spec = folder / "data.yaml"
+    spec.write_text(spec.read_text().replace(str(rig.data.parent), str(folder)))
+    return folder
+
+
+# -- 14 to 16: hosts that come and go
+
+
+def host_added(rig: Rig) -> Result:
+    with rig.job(TWO) as job:
+        slow = job.faults / "slow.node3"
+        slow.write_text("60")
+        job.train_until(WARM, 2)
+        began_s = time.monotonic()
+        job.edit_hosts(THREE)
+        job.until(lambda: job.workers()["node3"], "a worker on node3", 60)
+        slow.unlink()  # it has read it
+        before = job.step()
+        job.next_step(3, 180)
+        seconds = time.monotonic() - began_s
+        if job.step() - before < 10:
+            raise Failed(f"{job.step() - before} steps while it was waited for")
+        pause = largest_pause(job)
+        job.more_steps(3)
+        return finished(job, f"joined after {seconds:.0f} s (it slept for 60); {job.step() - before} steps meanwhile, longest pause {pause:.1f} s")
+
+
+def host_removed(rig: Rig) -> Result:
+    with rig.job(THREE, min_np=2) as job:
+        job.train_until(WARM, 3)
+        job.edit_hosts(TWO)
+        seconds = job.next_step(2, 60)
+        job.until(lambda: not job.workers()["node3"], "no worker on node3", 30)
+        wants_not(job, "died", "a death")
+        job.edit_hosts("node1 slots=1")
+        job.until(lambda: "waiting" in job.log(), "a line that says that it waits", 60)
+        stood = job.step()
+        job.edit_hosts(TWO)
+        back = job.next_step(2, 120, since=stood)
+        return finished(job, f"left in order, no step lost; below --min-np it waited, and went on {back:.0f} s after the host was back", seconds, 30)
+
+
+def discovery_fails(rig: Rig) -> Result:
+    answer = rig.folder / "answer.sh"
+    good = "#!/bin/sh\necho node1:1\necho node2:1\n"
+
+    def answers(text: str) -> None:
+        partial = answer.with_suffix(".partial")
+        partial.write_text(text)
+        partial.chmod(0o755)
+        partial.replace(answer)
+
+    answers(good)
+    with rig.job(TWO, where=["--discovery-script", str(answer)]) as job:
+        job.train_until(WARM, 2)
+        mark = job.log().count("generation ")
+        for wrong in ("exit 1", "sleep 60", "echo error", "echo 'WARN: x'", ":"):
+            answers(f"#!/bin/sh\n{wrong}\n")
+            time.sleep(12 if "sleep" in wrong else 5)
+        if job.log().count("generation ") != mark:
+            raise Failed(f"the job was reset: {job.last_lines()}")
+        answers(good)
+        job.more_steps(3)
+        return finished(job, "the last good list was kept, no reset")
+
+
+# -- 17 to 20
+
+
+def launcher_killed(rig: Rig) -> Result:
+    with rig.job(THREE) as job:
+        job.train_until(WARM, 3)
+        assert job.process is not None
+        job.process.kill()
+        job.process.wait()
+        began_s = time.monotonic()
+        job.until(lambda: not any(job.of_job(host) for host in rig.lab.hosts), "no process left", LEASE_S + SLACK_S, alive=False)
+        gone_s = time.monotonic() - began_s
+        before = job.step()
+        job.launch("--resume", "auto")
+        seconds = job.next_step(3, START_S, since=before)
+        return finished(job, f"no process left after {gone_s:.1f} s; started again it went on, at {before + 1} again after {seconds:.0f} s")
+
+
+def nan_on_one(rig: Rig) -> Result:
+    with rig.job(THREE) as job:
+        job.train_until(WARM, 3)
+        _, pid = job.follower()
+        (job.faults / "nan").write_text("2")
+        kill(pid, signal.SIGRTMIN)
+        job.more_steps(5)
+        wants(job, "not finite", "a line on what was left out")
+        status = job.stop()
+        if status != 75:
+            raise Failed(f"the job ended with {status}")
+        account = job.account()
+        if account["skipped_updates"] != 2:
+            raise Failed(f"{account['skipped_updates']} updates were left out, 2 had NaN")
+        return Result("all left out the same two updates", account=account)
+
+
+def nan_for_long(rig: Rig) -> Result:
+    with rig.job(THREE) as job:
+        job.train_until(WARM, 3)
+        _, pid = job.follower()
+        (job.faults / "nan").write_text("22")
+        kill(pid, signal.SIGRTMIN)
+        job.until(lambda: re.search(r"(back|rate).*", told(job, "learning rate")), "a line that says that it goes back", START_S)
+        job.more_steps(5)
+        status = job.stop()
+        if status != 75:
+            raise Failed(f"the job ended with {status}")
+        return Result(f"back to the last good state: {told(job, 'learning rate')}", account=job.account())
+
+
+def clock_skew(rig: Rig) -> Result:
+    with rig.job(TWO) as job:
+        (job.faults / "clock.node2").write_text("3600")
+        (job.faults / "clock.node3").write_text("-3600")
+        job.train_until(WARM, 2)
+        (job.faults / "clock.node1").write_text("-600")  # steps back under the launcher
+        job.edit_hosts(THREE)
+        seconds = job.next_step(3, 120)
+        kill(job.follower()[1])
+        after = job.next_step(2, 60)
+        return finished(job, f"a host joined after {seconds:.0f} s, a death cost {after:.1f} s", after, KILL_S)
+
+
+def uneven_shares(rig: Rig) -> Result:
+    with rig.job("node1 slots=2, node2 slots=2, node3 slots=1") as job:
+        job.train_until(WARM, 5)
+        kill(job.follower()[1])
+        seconds = job.next_step(4, 60)
+        job.more_steps(3)
+        return finished(job, "16 images over 5 workers, then over 4: every step is the undisturbed run's", seconds, KILL_S)
+
+
+def ssh_refused(rig: Rig) -> Result:
+    rig.lab.stop_sshd("node3")
+    try:
+        with rig.job(THREE) as job:
+            job.train_until(WARM, 2)
+            wants(job, "node3", "the host's name")
+            line = next(line for line in job.log().splitlines() if "node3" in line)
+            rig.lab.start_sshd("node3")
+            back = job.next_step(3, 180)
+            rig.lab.stop_sshd("node3")  # open connections stay
+            job.more_steps(5)
+            return finished(job, f"said {line!r}; trained on the others, with it {back:.0f} s after its sshd was back")
+    finally:
+        rig.lab.start_sshd("node3")
+
+
+def wants(job: Job, words: str, what: str) -> None:
+    """Fails where the log lacks something."""
+    if words not in job.log():
+        raise Failed(f"{what} ({words!r}) is missing: {job.last_lines()}")
+
+
+def wants_not(job: Job, words: str, what: str) -> None:
+    """Fails where the log has something."""
+    if words in job.log():
+        raise Failed(f"{what} ({words!r}): {told(job, words)}")
+
+
+def told(job: Job, words: str) -> str:
+    """The first line of the log that has some words."""
+    return next((line for line in job.log().splitlines() if words in line), "")
+
+
+def largest_pause(job: Job) -> float:
+    """The longest time that a step waited for the others."""
+    return max(float(row["exchange_wait_s"]) for row in job.rows()[1:])
+
+
+def files_of(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.glob(pattern))
+
+
+ROWS = [
+    Row("1", "kill -9 of a worker", "the rest goes on, nothing lost", worker_killed, quick=True),
+    Row("1b", "the same, three workers on one host", "its own slot alone is left out", worker_of_one_host_killed),
+    Row("1c", "two kills, the second during recovery", "the rest goes on, nothing lost", killed_again_and_again),
+    Row("2", "kill -9 of rank 0, before any commit", "weights are kept", rank_zero_killed),
+    Row("3", "host without power", "the host is left out, and comes back", host_lost),
+    Row("4", "partition, rank 0 on the other side", "the launcher's side goes on, one writer", partition),
+    Row("5", "link of 10 Mbit/s", "goes on, warns within 60 s", slow_link),
+    Row("6", "5 % of packets lost", "no crash", lossy_link),
+    Row("7", "SIGSTOP", "found within 15 s, killed, left out", stopped_worker),
+    Row("8", "out of memory (status 137)", "as 1; the reason is logged; its slot comes back", out_of_memory),
+    Row("9", "disk full", "training goes on, earlier checkpoints stay good", disk_full),
+    Row("11", "bit flip and cut in checkpoints", "the one before is used, loudly", spoilt_checkpoint),
+    Row("12", "bad images and labels", "left out and named; too many: a clean end", bad_files),
+    Row("13", "images deleted during an epoch", "replaced alike on all, named", files_vanish),
+    Row("14", "host added, which needs 60 s", "joins, the others do not wait", host_added),
+    Row("15", "host removed, then below --min-np", "nothing lost; waits, then goes on", host_removed),
+    Row("16", "discovery fails, hangs, talks nonsense", "the last good list is kept, no reset", discovery_fails),
+    Row("17", "kill -9 of the launcher", "no process left within 20 s; resumes", launcher_killed),
+    Row("18", "NaN on one worker", "all leave out the same updates", nan_on_one),
+    Row("18b", "NaN for 22 updates", "back to the last good state, lower rate", nan_for_long),
+    Row("19", "clocks an hour apart, one steps back", "changes are seen, joins work", clock_skew),
+    Row("20", "uneven shares", "equal steps", uneven_shares),
+    Row("20b", "ssh refused at the start", "the host is named, the others train", ssh_refused),
+]
