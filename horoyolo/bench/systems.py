@@ -105,7 +105,7 @@ def ours(place: Place, size: Size, data: Path, folder: Path, elastic: bool) -> S
     """horoyolo's own training: ``launch`` with ``--min-np``, or without."""
     job = ["train", "--data", str(data), "--cfg", size.cfg, "--img", str(size.img), "--batch", str(size.batch * size.num_workers)]
     job += ["--precision", "fp32", "--workers", "0", "--epochs", str(MANY), "--project", str(folder), "--name", "run"]
-    job += ["--set", f"evaluate_every={MANY}"]
+    job += ["--set", f"evaluate_every={MANY}", *(["--elastic"] if elastic else [])]
     hosts = ",".join(f"{host.name}:{host.slots}" for host in place.hosts)
     where = ["--hosts", hosts, *(["--nic", place.nic] if place.nic else [])]
     sizes = ["--min-np", "1", "--max-np", str(size.num_workers)] if elastic else ["-np", str(size.num_workers)]

@@ -11,6 +11,7 @@ from typing import Any
 from horoyolo.engine.build import Training
 from horoyolo.engine.hooks import EPOCH_COLUMNS, STEP_COLUMNS, EpochRecord, Hook, StepRecord
 from horoyolo.engine.ledger import KeepLedger
+from horoyolo.engine.network import WarnSlowNetwork
 from horoyolo.engine.recipe import class_counts, recipe_lines
 from horoyolo.report.diagnose import diagnose_run
 from horoyolo.report.monitor import CsvWriter, Progress, TensorBoardWriter, Writer
@@ -27,7 +28,7 @@ def build_hooks(job: Training) -> list[Hook]:
     everywhere: list[Hook] = [TellUnreadable(), KeepLedger(job)]
     if job.comm.rank() != 0:
         return everywhere
-    return [*everywhere, TellRecipe(job), RecordFigures(job), ShowProgress(job), DrawPlots(job), Diagnose(job)]
+    return [*everywhere, TellRecipe(job), RecordFigures(job), ShowProgress(job), WarnSlowNetwork(), DrawPlots(job), Diagnose(job)]
 
 
 class TellRecipe(Hook):

@@ -17,6 +17,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "lab"), str(HERE.parents[1])]
 from netlab import Lab, LabError  # noqa: E402
 from rig import Control, Failed, Rig  # noqa: E402
 from rows import ROWS, Result, Row  # noqa: E402
+from stock import STOCK, NotStarted  # noqa: E402
 
 from horoyolo.data.synthetic import write_synthetic  # noqa: E402
 
@@ -30,6 +31,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--rows", nargs="+", default=None, metavar="ROW", help=f"some of {' '.join(row.number for row in ROWS)}")
     parser.add_argument("--repeat", type=int, default=1, help="all of it so often")
     parser.add_argument("--control", type=int, default=CONTROL_EPOCHS, metavar="EPOCHS", help="of the undisturbed run that all are compared with")
+    parser.add_argument("--stock", action="store_true", help="after that, what stock Horovod does in the rows that a plain script shows")
     parser.add_argument("--json", default="", metavar="FILE")
     parser.add_argument("--keep", default="", metavar="DIR", help="leave run folders and logs there")
     parsed = parser.parse_args(words)
@@ -51,9 +53,10 @@ def main(words: list[str]) -> int:
                 found.append({"row": row.number, "fault": row.fault, "expected": row.expected, "repeat": repeat + 1, **outcome(row, rig)})
                 found[-1]["took_s"] = round(time.monotonic() - began_s, 1)
                 print(line(found[-1]), file=sys.stderr, flush=True)
-                if parsed.json:
-                    Path(parsed.json).write_text(json.dumps(found, indent=1))
-    print(table(found))
+        stock = stock_results(lab, folder, [row.number for row in chosen]) if parsed.stock else {}
+        if parsed.json:
+            Path(parsed.json).write_text(json.dumps({"rows": found, "stock": stock}, indent=1))
+    print(table(found, stock))
     return 0 if all(each["held"] for each in found) else 1
 
 
@@ -78,6 +81,19 @@ def outcome(row: Row, rig: Rig) -> dict[str, Any]:
     return {**asdict(result), "held": not why, "why_not": why}
 
 
+def stock_results(lab: Lab, folder: Path, numbers: list[str]) -> dict[str, str]:
+    """What stock Horovod did, by row."""
+    results = {}
+    for number, check in STOCK.items():
+        if number in numbers:
+            try:
+                results[number] = check(lab, folder / f"stock-{number}")
+            except NotStarted as error:
+                results[number] = str(error)
+            print(f"stock Horovod, row {number}: {results[number]}", file=sys.stderr, flush=True)
+    return results
+
+
 def images(account: dict[str, Any] | None) -> str:
     """Images that a ledger says were lost or used twice, as ``lost/repeated``."""
     if account is None:
@@ -86,19 +102,19 @@ def images(account: dict[str, Any] | None) -> str:
     return f"{lost}/{double}"
 
 
-def line(found: dict[str, Any]) -> str:
+def line(found: dict[str, Any], stock: str = "") -> str:
     """One row of the table."""
     seconds = "-" if found["seconds"] is None else f"{found['seconds']:.2f}"
     weights = "-" if found["deviation"] is None else "yes" if found["deviation"] <= 1e-6 else f"no ({found['deviation']:.1g})"
     verdict = "held" if found["held"] else "FAILED"
     cells = [found["row"], found["fault"], found["expected"], found["happened"], seconds, images(found["account"]), weights]
-    return "| " + " | ".join([*cells, " ".join(filter(None, [verdict, found["why_not"]]))]) + " |"
+    return "| " + " | ".join([*cells, " ".join(filter(None, [verdict, found["why_not"]])), stock]) + " |"
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(found: list[dict[str, Any]], stock: dict[str, str]) -> str:
     """All rows."""
-    head = "| row | fault | expected | happened | seconds to the first step | images lost/repeated | weights equal | verdict |"
-    return "\n".join([head, "|---" * 8 + "|", *map(line, found)])
+    head = "| row | fault | expected | happened | seconds to the first step | images lost/repeated | weights equal | verdict | stock Horovod |"
+    return "\n".join([head, "|---" * 9 + "|", *(line(each, stock.get(each["row"], "")) for each in found)])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,16 +55,25 @@ class Rig:
     control: Control
     jobs: int = field(default=0)
 
-    @contextmanager
-    def job(self, hosts: str, words: Sequence[object] = (), where: Sequence[object] = (), min_np: int = 1, data: Path | None = None) -> Iterator[Job]:
-        """An elastic job on ``hosts``, lines of a hostfile, whose place ``where`` may take; ``words`` are train's. It is gone afterwards."""
+    def new_job(self) -> Job:
+        """A job that has not been started."""
         self.jobs += 1
-        job = Job(self, self.folder / f"job-{self.jobs}")
+        return Job(self, self.folder / f"job-{self.jobs}")
+
+    def job(self, hosts: str, **how: Any) -> AbstractContextManager[Job]:
+        """A new job that is running; see ``running``."""
+        return self.running(self.new_job(), hosts, **how)
+
+    @contextmanager
+    def running(
+        self, job: Job, hosts: str, words: Sequence[object] = (), where: Sequence[object] = (), min_np: int = 1, data: Path | None = None
+    ) -> Iterator[Job]:
+        """Starts a job on ``hosts``, lines of a hostfile, whose place ``where`` may take; ``words`` are train's. All is gone afterwards."""
+        job.edit_hosts(hosts)
+        job.words = [*train_words(data or self.data, job.folder, MANY), *map(str, words), "--elastic"]
+        place = [*map(str, where)] or ["--hostfile", str(job.hostfile)]
+        job.argv = [*PYTHON, "launch", *place, "--min-np", str(min_np), "--max-np", "8", "--", *job.words]
         try:
-            job.edit_hosts(hosts)
-            job.words = [*train_words(data or self.data, job.folder, MANY), *map(str, words)]
-            place = [*map(str, where)] or ["--hostfile", str(job.hostfile)]
-            job.argv = [*PYTHON, "launch", *place, "--min-np", str(min_np), "--max-np", "8", "--", *job.words]
             job.launch()
             yield job
         finally:
@@ -76,7 +85,7 @@ class Job:
 
     def __init__(self, rig: Rig, folder: Path) -> None:
         self.rig, self.lab, self.folder = rig, rig.lab, folder
-        self.run_folder = folder / "run"
+        self.run_folder = self.seen_folder = folder / "run"  # as the job sees it, and where it is seen from here
         self.hostfile, self.log_file, self.faults = folder / "hosts.txt", folder / "log.txt", folder / "faults"
         self.faults.mkdir(parents=True)
         self.process: HostProcess | None = None
@@ -86,9 +95,10 @@ class Job:
     # -- life
 
     def launch(self, *more_words: str) -> None:
-        """Starts the launcher, again too."""
+        """Starts the launcher; again too, with ``more_words`` for workers."""
+        self.argv, self.words = [*self.argv, *more_words], [*self.words, *more_words]
         log = self.log_file.open("a")
-        self.process = self.lab.popen("node1", [*self.argv, *more_words], env=environment(self.faults), stdout=log, stderr=log, text=True)
+        self.process = self.lab.popen("node1", self.argv, env=environment(self.faults), stdout=log, stderr=log, text=True)
 
     def end(self) -> None:
         """Kills the launcher and whatever is left anywhere."""
@@ -108,12 +118,8 @@ class Job:
     # -- what is seen
 
     def rows(self) -> list[dict[str, str]]:
-        """The rows of steps.csv, a run folder's or that of the host that writes it; the last of each step."""
-        return list({row["step"]: row for row in read_rows(self.steps_file())}.values())
-
-    def steps_file(self) -> Path:
-        """As rank 0 sees it."""
-        return self.run_folder / "steps.csv"
+        """The rows of steps.csv, the last of each step."""
+        return list({row["step"]: row for row in read_rows(self.seen_folder / "steps.csv")}.values())
 
     def log(self) -> str:
         """All that launcher and workers have said."""

@@ -14,6 +14,8 @@ from typing import Any
 
 from rig import SAME, START_S, Failed, Job, Rig, kill
 
+from horoyolo.engine.checkpoint import newest_checkpoint
+
 THREE = "node1 slots=1, node2 slots=1, node3 slots=1"
 TWO = "node1 slots=1, node2 slots=1"
 WARM = 6  # steps before anything happens
@@ -194,8 +196,29 @@ def stopped_worker(rig: Rig) -> Result:
 
 def disk_full(rig: Rig) -> Result:
     """The run folder is on a small disk of its own, on the host of rank 0; the others see the folder beneath."""
-    with rig.job("node1 slots=2, node2 slots=1", words=["--set", f"project={rig.folder}/disk"]) as job:
-        raise Failed("not written yet")
+    job = rig.new_job()
+    job.run_folder.mkdir()
+    rig.lab.mount_tmpfs("node1", job.run_folder, "120m")
+    job.seen_folder = rig.lab.inside("node1", str(job.run_folder))
+    try:
+        with rig.running(job, "node1 slots=2, node2 slots=1", words=["--exist-ok"]):
+            job.train_until(12, 3)
+            job.until(lambda: list(job.seen_folder.glob("checkpoints/*.pt")), "a checkpoint", 60)
+            fill = f"cat /dev/zero > {job.run_folder}/fill"
+            rig.lab.run("node1", ["sh", "-c", fill])  # fails when it is full
+            began = len(job.log())
+            time.sleep(1)
+            job.until(lambda: "training goes on" in job.log()[began:], "a line that says so", START_S)
+            time.sleep(5)
+            rig.lab.run("node1", ["rm", f"{job.run_folder}/fill"], check=True)
+            job.more_steps(12)
+            result = finished(job, "it was told, training went on")
+        kept = newest_checkpoint(job.seen_folder / "checkpoints")
+        if kept is None:
+            raise Failed("no checkpoint is good")
+        return result
+    finally:
+        rig.lab.unmount("node1", job.run_folder)
 
 
 def spoilt_checkpoint(rig: Rig) -> Result:
