@@ -14,9 +14,14 @@ ELASTIC_PEERS = ("stock", "torchrun")
 
 
 def describe_step(parser: argparse.ArgumentParser) -> None:
-    """``bench step``: one process, precisions and layouts side by side."""
-    _describe_model(parser, cfg="yolov5s", batch=16)
+    """``bench step``: one process, precisions and layouts side by side, or image sizes and batches."""
+    parser.add_argument("--cfg", default="yolov5s")
+    several = "; several, such as %s: each with each, in the precision and layout that training takes, with the memory they need"
+    parser.add_argument("--img", type=_numbers, default=[320], metavar="PX,...", help="side in pixels" + several % "320,480,640")
+    parser.add_argument("--batch", type=_numbers, default=[16], metavar="N,...", help="images a step" + several % "8,16,32")
+    parser.add_argument("--steps", type=int, default=10, help="steps a repeat")
     _describe_repeats(parser)
+    _describe_precision(parser)
     parser.add_argument("--device", default="", help="cpu, cuda or a GPU number")
 
 
@@ -102,3 +107,13 @@ def _describe_precision(parser: argparse.ArgumentParser) -> None:
 
 def _describe_launchers(parser: argparse.ArgumentParser, default: list[str]) -> None:
     parser.add_argument("--launchers", "--launcher", nargs="+", default=default, choices=LAUNCHERS, help="Gloo by horovodrun, MPI by mpirun")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: numbers from 1 up are wanted, such as 320,480,640")
+    return numbers

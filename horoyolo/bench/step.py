@@ -1,8 +1,9 @@
-"""``bench step``: how long a training step takes on this device, by precision and memory layout, in turn and side by side."""
+"""``bench step``: how long a training step takes on this device, by precision and memory layout or by size and batch, in turn and side by side."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from horoyolo.bench.links import sent_bytes
 from horoyolo.config import Config, Hyper, Optim
 from horoyolo.engine.build import build_loss, build_optimizer
 from horoyolo.engine.device import Numerics, numerics_for, pick_device
+from horoyolo.engine.memory import peak_bytes
 from horoyolo.model.yolo import build_model
 
 WARMUP_STEPS = 3
@@ -103,21 +105,55 @@ def variant_name(precision: str, layout: str) -> str:
 
 
 def bench_step(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Times every variant, prints the table, writes the JSON, and gives what it holds: median seconds and rates a variant."""
+    """Times precisions and layouts, or sizes and batches where several are given; prints the table, writes the JSON, and gives what it holds."""
     device = pick_device(parsed.device, 0)
-    steppers = {name: Stepper(Numerics(device, dtype, layout), parsed.cfg, parsed.img, parsed.batch) for name, (dtype, layout) in VARIANTS.items()}
-    medians: dict[str, list[float]] = {name: [] for name in steppers}
-    for stepper in steppers.values():
-        stepper.seconds(WARMUP_STEPS)
-    for _ in range(parsed.repeats):
-        for name, stepper in steppers.items():
-            medians[name].append(statistics.median(stepper.seconds(parsed.steps)))
-
-    print(f"{parsed.cfg}, {parsed.img} px, {parsed.batch} images, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}")
-    result = table(medians, parsed.batch, baseline=next(iter(VARIANTS)))
-    report = {"machine": machine(), "settings": settings(parsed), "variants": result}
+    print(f"{parsed.cfg}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}")
+    bench = bench_variants if len(parsed.img) == len(parsed.batch) == 1 else bench_sizes
+    report = {"machine": machine(), "settings": settings(parsed), "variants": bench(parsed, device)}
     write_json(parsed.json, report)
     return report
+
+
+def bench_variants(parsed: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Every precision and layout on one size: median seconds and rates."""
+    (img,), (batch,) = parsed.img, parsed.batch
+    print(f"{img} px, {batch} images a step")
+    steppers = {name: Stepper(Numerics(device, dtype, layout), parsed.cfg, img, batch) for name, (dtype, layout) in VARIANTS.items()}
+    for stepper in steppers.values():
+        stepper.seconds(WARMUP_STEPS)
+    return table(alternate(steppers, parsed.repeats, parsed.steps), batch, baseline=next(iter(VARIANTS)))
+
+
+def bench_sizes(parsed: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Each image size with each batch, as training would compute it: median seconds, images a second, and the memory of a step.
+
+    What a batch costs in accuracy is not measured here; what a size gains is a training's to say.
+    """
+    numerics = numerics_for(device, parsed.precision)
+    sizes = sorted(((img, batch) for img in parsed.img for batch in parsed.batch), key=lambda size: size[0] ** 2 * size[1])
+    steppers, memory = {}, {}
+    for img, batch in sizes:  # the small ones first: a peak is told apart only from lower ones
+        name = f"{img} px, batch {batch}"
+        steppers[name] = Stepper(numerics, parsed.cfg, img, batch)
+        memory[name] = peak_bytes(device, functools.partial(steppers[name].seconds, WARMUP_STEPS))
+    times = alternate(steppers, parsed.repeats, parsed.steps)
+    print(f"{numerics.describe()}\n{'':24}{'ms a step':>10}{'min':>8}{'max':>8}{'images/s':>10}{'ms an image':>13}{'peak MB':>9}")
+    result: dict[str, Any] = {}
+    for (img, batch), (name, values) in zip(sizes, times.items(), strict=True):
+        result[name] = {**spread(values), "img": img, "batch": batch, "peak_bytes": memory[name]}
+        median_s = result[name]["median_s"]
+        figures = f"{median_s * 1e3:10.1f}{min(values) * 1e3:8.1f}{max(values) * 1e3:8.1f}{batch / median_s:10.1f}{median_s / batch * 1e3:13.1f}"
+        print(f"{name:24}{figures}{memory[name] / 1e6:9.0f}")
+    return result
+
+
+def alternate(steppers: dict[str, Stepper], repeats: int, steps: int) -> dict[str, list[float]]:
+    """The median time of ``steps`` steps of each, in turn, ``repeats`` times."""
+    medians: dict[str, list[float]] = {name: [] for name in steppers}
+    for _ in range(repeats):
+        for name, stepper in steppers.items():
+            medians[name].append(statistics.median(stepper.seconds(steps)))
+    return medians
 
 
 def table(medians: dict[str, list[float]], images: int, baseline: str) -> dict[str, Any]:

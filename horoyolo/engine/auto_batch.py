@@ -56,7 +56,7 @@ def agreed_batch(rooms: Sequence[Room], num_images: int, nominal_batch: int) -> 
     useful = max(min(nominal_batch, num_images), num_images // FEWEST_STEPS, len(rooms))
     batch = min(least.images * len(rooms), useful // len(rooms) * len(rooms))
     tightest = f"{least.host} holds the fewest, {least.images} images in {least.budget_gb:.1f} GB"
-    bound = "" if batch == least.images * len(rooms) else f"; more would leave fewer than {FEWEST_STEPS} steps an epoch"
+    bound = "" if batch == least.images * len(rooms) else f"; more than the nominal batch would leave fewer than {FEWEST_STEPS} steps an epoch"
     log.info("auto-batch: %d images, %d on each of %d workers (%s%s)", batch, batch // len(rooms), len(rooms), tightest, bound)
     return batch
 
@@ -90,7 +90,8 @@ class _Probe:
 
     def __init__(self, config: Config, numerics: Numerics, model: YOLO) -> None:
         stride = max(model.strides)
-        self._img = math.ceil(config.img * LARGEST / stride) * stride if config.input.multi_scale else config.img
+        img = math.ceil(config.img * LARGEST / stride) * stride if config.input.multi_scale else config.img
+        self._img = max(img, 2 * stride)  # BatchNorm takes no statistics of a single cell
         self._numerics = numerics
         self._model = copy.deepcopy(model).to(numerics.device, memory_format=numerics.memory_format).train()  # type: ignore[call-overload]
         self._loss = build_loss(config, self._model)

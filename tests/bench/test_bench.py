@@ -43,6 +43,21 @@ def test_step_reports_every_variant(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert name in printed
 
 
+def test_step_weighs_sizes_against_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(tmp_path, "step", "--cfg", "yolov5n", "--img", "96,64", "--batch", "1,2", "--steps", "1", "--repeats", "2", "--device", "cpu")
+    printed = capsys.readouterr().out
+    assert list(report["variants"]) == ["64 px, batch 1", "64 px, batch 2", "96 px, batch 1", "96 px, batch 2"]
+    for name, figures in report["variants"].items():
+        check_spread(figures, 2)
+        assert figures["peak_bytes"] > 0
+        assert name in printed
+
+
+def test_step_takes_no_other_words_for_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "step", "--img", "320,big"]) == 2
+    assert "320,big: numbers from 1 up are wanted" in capsys.readouterr().err
+
+
 def test_scaling_compares_workers_with_plain_processes_and_raw_sockets(tmp_path: Path) -> None:
     sizes = [*SMALLEST, "--steps", "2", "--repeats", "1", "--precision", "fp32", "--layouts", "NCHW"]
     report = run(tmp_path, "scaling", *sizes, "-np", "2", "--launchers", "horovodrun", "--peer", str(PEERS / "stock_horovod.py"))
