@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import numpy as np
 
 from horoyolo.files import atomic_file
 
-FORMAT = "horoyolo label scan 1"  # change it with what a scan finds or how it is stored
+FORMAT = "horoyolo label scan 2"  # change it with what a scan finds or how it is stored
 
 
 def folders(root: Path) -> list[Path]:
@@ -22,9 +25,28 @@ def folders(root: Path) -> list[Path]:
     return [root / ".horoyolo-cache", user / "horoyolo"]
 
 
-def content_key(names: list[str], images: list[Path], labels: list[Path]) -> str:
-    """A hash that changes with any file's name, size or time of change."""
-    digest = hashlib.sha256(FORMAT.encode())
+@contextlib.contextmanager
+def one_at_a_time(folders: list[Path]) -> Iterator[None]:
+    """Holds a lock on the first folder that can be made, so that of jobs and workers that start together one scans and the others find its results.
+
+    The kernel frees the lock of a process that dies. Where there are no locks, nobody waits: then several may scan.
+    """
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                break
+            except OSError:
+                continue
+        yield
+
+
+def content_key(names: list[str], images: list[Path], labels: list[Path], num_classes: int) -> str:
+    """A hash that changes with any file's name, size or time of change, and with the number of classes."""
+    digest = hashlib.sha256(f"{FORMAT}\0{num_classes}\0".encode())
     for name, image, label in zip(names, images, labels, strict=True):
         digest.update(f"{name}\0{_stamp(image)} {_stamp(label)}\0".encode())
     return digest.hexdigest()

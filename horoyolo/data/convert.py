@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from horoyolo.config import InputError
+from horoyolo.data.coco import read_coco
 from horoyolo.data.folder import FolderReport, FolderWriter, PixelBox, new_folder
 from horoyolo.data.spec import IMAGE_SUFFIXES, SPLITS
 
@@ -122,23 +121,9 @@ def _parse_xml(data: bytes) -> ElementTree.Element:
 
 def _read_coco(file: Path, folder: Path) -> tuple[list[_Annotated], set[str]]:
     """The images of an instances file and the names of its categories."""
-    try:
-        content = json.loads(file.read_bytes())
-        categories = {category["id"]: str(category["name"]) for category in content["categories"]}
-        images = {image["id"]: str(image["file_name"]) for image in content["images"]}
-        objects = defaultdict(list)
-        crowds: dict[Any, int] = defaultdict(int)
-        for item in content["annotations"]:
-            if item.get("iscrowd"):
-                crowds[item["image_id"]] += 1
-                continue
-            x, y, width, height = (float(value) for value in item["bbox"])
-            objects[item["image_id"]].append((categories[item["category_id"]], x, y, x + width, y + height))
-    except OSError as error:
-        raise InputError(f"{file} can't be read: {error.strerror}; give a COCO instances file") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is not a COCO instances file: {type(error).__name__} {error}") from None
-    missing = [name for name in images.values() if not (folder / name).is_file()]
+    content = read_coco(file)
+    missing = [image.name for image in content.images if not (folder / image.name).is_file()]
     if missing:
         raise InputError(f"{file} lists {missing[0]}, but there is no such image in {folder}")
-    return [_Annotated(name, folder / name, objects[key], crowds[key]) for key, name in images.items()], set(categories.values())
+    images = [_Annotated(image.name, folder / image.name, list(image.objects), image.crowds) for image in content.images]
+    return images, set(content.categories)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
+import multiprocessing
+import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,10 +18,12 @@ import numpy as np
 
 from horoyolo.config import InputError
 from horoyolo.data import cache
+from horoyolo.data.coco import CocoImage
 from horoyolo.data.decode import DecodeError, image_hw
 from horoyolo.data.labels import label_path, parse_labels
 from horoyolo.data.spec import DataSpec
 
+MANY = 8192  # images for which it pays to start processes
 NAMES_SHOWN = 5  # per line of a printed report; the report itself has all
 
 
@@ -35,6 +41,9 @@ class ScanReport:
     out_of_range: list[str] = field(default_factory=list)
     zero_area: list[str] = field(default_factory=list)
     duplicate: list[str] = field(default_factory=list)
+    unknown_class: list[str] = field(default_factory=list)  # no split with one of these is trained on
+    other_size: list[str] = field(default_factory=list)  # COCO: the image's size is not the annotated one; used as it is
+    crowds: list[str] = field(default_factory=list)  # COCO: images with boxes marked as crowds, which are left out
 
     def lines(self) -> list[str]:
         """The report in words, a line for each kind of finding."""
@@ -46,6 +55,9 @@ class ScanReport:
             ("label lines with coordinates out of range dropped", self.out_of_range),
             ("boxes without area dropped", self.zero_area),
             ("duplicate label lines dropped", self.duplicate),
+            ("label lines with an unknown class", self.unknown_class),
+            ("images of another size than annotated", self.other_size),
+            ("images with crowds, which are left out", self.crowds),
         )
         found = [f"{self.split}: {len(names)} {what}: {shorten(names)}" for what, names in kinds if names]
         return [f"{self.split}: {self.images} images, {self.boxes} boxes", *found]
@@ -86,26 +98,35 @@ class _Scanned:
     findings: list[tuple[str, str]]  # field of ScanReport, name
 
 
-def scan_split(spec: DataSpec, split: str) -> Split:
+def scan_split(spec: DataSpec, split: str, strict: bool = True) -> Split:
     """Check every image and label file of a split, from the cache where these files were seen before.
 
-    Raises InputError when the split is missing, has no usable image, no box at all, or a class id beyond the number of classes.
+    Of processes that ask at the same time one looks and the others find what it found. Raises InputError when the split is missing, and, if
+    ``strict``, when it has no usable image, no box at all, or a class id beyond the number of classes.
     """
     files = spec.image_files(split)
+    annotated = spec.annotations(split)
     names = [spec.relative(file) for file in files]
     folders = cache.folders(spec.root)
-    key = cache.content_key(names, files, [label_path(file) for file in files])
-    found = _load(cache.load(folders, split, key), spec)
+    sources = [annotated[file][1] if file in annotated else label_path(file) for file in files]
+    key = cache.content_key(names, files, sources, spec.num_classes)
+    found = _load(cache.load(folders, split, key))
     if found is None:
-        with ThreadPoolExecutor() as pool:
-            scanned = list(pool.map(partial(_scan_image, spec), files))
-        found = _gather(split, scanned)
-        cache.save(folders, split, key, _to_arrays(*found))
+        with cache.one_at_a_time(folders):
+            found = _load(cache.load(folders, split, key))
+            if found is None:
+                found = _gather(split, _scan_all(spec, [(file, annotated[file][0] if file in annotated else None) for file in files]))
+                cache.save(folders, split, key, _to_arrays(*found))
     kept, shapes_hw, labels, report = found
-    if not len(kept):
-        raise InputError(f"no images found for `{split}` of {spec.file} that can be read: all {len(files)} are corrupt, {names[0]} first")
-    if not report.boxes:
-        raise InputError(f"no labels at all for `{split}` of {spec.file}: the first were looked for in {label_path(files[kept[0]])}")
+    if strict:
+        if not len(kept):
+            raise InputError(f"no images found for `{split}` of {spec.file} that can be read: all {len(files)} are corrupt, {names[0]} first")
+        if report.unknown_class:
+            known = f"0 to {spec.num_classes - 1}"
+            first = report.unknown_class[0].removesuffix(")").replace(" (", ": ")
+            raise InputError(f"{first} is beyond the classes of {spec.file}, which are {known}; data check lists all such lines")
+        if not report.boxes:
+            raise InputError(f"no labels at all for `{split}` of {spec.file}: the first were looked for in {sources[kept[0]]}")
     return Split(split, spec.root, [files[i] for i in kept], shapes_hw, labels, spec.names, report, [names[i] for i in kept])
 
 
@@ -115,27 +136,65 @@ def shorten(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _scan_image(spec: DataSpec, image: Path) -> _Scanned:
+def _scan_all(spec: DataSpec, images: list[tuple[Path, CocoImage | None]]) -> list[_Scanned]:
+    """Scan images, each with its annotation if it has one, on all cores: in processes where there are many, since reading markers is Python."""
+    look = partial(_scan_image, spec)
+    cores = len(os.sched_getaffinity(0))
+    if len(images) >= MANY and cores > 1:
+        # Started from scratch: neither a fork of a process in which MPI may run, nor a fork server that is to load other modules.
+        with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as processes:
+            try:
+                return list(processes.map(look, images, chunksize=256))
+            except BrokenProcessPool:  # killed for memory, say
+                pass
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(look, images))
+
+
+def _scan_image(spec: DataSpec, source: tuple[Path, CocoImage | None]) -> _Scanned:
+    image, annotated = source
     nothing = np.zeros((0, 5), np.float32)
     try:
         hw = image_hw(image)
     except DecodeError:
         return _Scanned((0, 0), nothing, [("corrupt_images", spec.relative(image))])
+    if annotated is not None:
+        return _scan_annotated(spec, image, hw, annotated)
     file = label_path(image)
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return _Scanned(hw, nothing, [("missing_labels", spec.relative(image))])
     labels, lines, problems = parse_labels(text)
-    beyond = np.flatnonzero(labels[:, 0] >= spec.num_classes)
-    if len(beyond):
-        first = beyond[0]
-        known = f"0 to {spec.num_classes - 1}"
-        raise InputError(f"{file}, line {lines[first]}: class {labels[first, 0]:g} is beyond the classes of {spec.file}, which are {known}")
     findings = [(problem.kind, f"{spec.relative(file)}:{problem.line} ({problem.reason})") for problem in problems]
+    known = labels[:, 0] < spec.num_classes
+    for label, line in zip(labels[~known], lines[~known], strict=True):
+        findings.append(("unknown_class", f"{spec.relative(file)}:{line} (class {label[0]:g})"))
     if not text.strip():
         findings.append(("empty_labels", spec.relative(image)))
-    return _Scanned(hw, labels, findings)
+    return _Scanned(hw, labels[known], findings)
+
+
+def _scan_annotated(spec: DataSpec, image: Path, hw: tuple[int, int], annotated: CocoImage) -> _Scanned:
+    """COCO boxes, clipped to their image."""
+    name = spec.relative(image)
+    class_ids = {category: index for index, category in spec.names.items()}
+    findings = [("other_size", f"{name} ({hw[1]}x{hw[0]}, annotated {annotated.hw[1]}x{annotated.hw[0]})")] if annotated.hw not in (None, hw) else []
+    findings += [("crowds", name)] * (annotated.crowds > 0) + [("empty_labels", name)] * (not annotated.objects)
+    labels: list[tuple[float, ...]] = []
+    for category, *corners in annotated.objects:
+        x1, y1, x2, y2 = (min(max(value, 0.0), side) / side for value, side in zip(corners, (hw[1], hw[0]) * 2, strict=True))
+        label = tuple(np.array((class_ids[category], (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), np.float32).tolist())
+        box = "x y x y = " + " ".join(f"{value:g}" for value in corners)
+        if not all(math.isfinite(value) for value in corners):
+            findings.append(("corrupt", f"{name} ({box})"))
+        elif label[3] <= 0 or label[4] <= 0:
+            findings.append(("zero_area", f"{name} ({box})"))
+        elif label in labels:
+            findings.append(("duplicate", f"{name} ({box})"))
+        else:
+            labels.append(label)
+    return _Scanned(hw, np.array(labels, np.float32).reshape(-1, 5), findings)
 
 
 _Found = tuple[np.ndarray, np.ndarray, list[np.ndarray], ScanReport]  # kept (n,), shapes_hw (n, 2), labels, report
@@ -164,9 +223,9 @@ def _to_arrays(kept: np.ndarray, shapes_hw: np.ndarray, labels: Iterable[np.ndar
     }
 
 
-def _load(arrays: dict[str, np.ndarray] | None, spec: DataSpec) -> _Found | None:
-    """A cached scan; none when a label's class is beyond the present names, so that the scan anew can say which line it is."""
-    if arrays is None or (len(arrays["labels"]) and arrays["labels"][:, 0].max() >= spec.num_classes):
+def _load(arrays: dict[str, np.ndarray] | None) -> _Found | None:
+    """A cached scan."""
+    if arrays is None:
         return None
     labels = np.split(arrays["labels"], np.cumsum(arrays["counts"])[:-1]) if len(arrays["counts"]) else []
     return arrays["kept"], arrays["shapes_hw"], labels, ScanReport(**cache.parse_json(arrays["report"]))

@@ -1,17 +1,19 @@
-"""A YOLOv5 data.yaml and the image files that it names."""
+"""A YOLOv5 data.yaml and the image files that it names, in folders, list files or COCO instances files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from horoyolo.config import InputError, read_yaml
+from horoyolo.data.coco import CocoFile, CocoImage, read_coco
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 SPLITS = ("train", "val", "test")
+JSON = ".json"
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,11 @@ class DataSpec:
 
     file: Path
     root: Path  # the data set's folder; names of images in reports and hashes are relative to it
-    splits: dict[str, list[Path]]  # folders and list files
+    splits: dict[str, list[Path]]  # folders, list files and COCO instances files
     names: dict[int, str]
     num_classes: int
     download: str = ""  # YOLOv5's key: quoted when images are missing, never run
+    image_folders: dict[str, Path] = field(default_factory=dict)  # where a split's COCO images lie, where the yaml says it
 
     def image_files(self, split: str) -> list[Path]:
         """All image files of a split, sorted. Raises InputError when the split isn't listed, a folder is missing or there are no images."""
@@ -33,11 +36,44 @@ class DataSpec:
         for source in sources:
             if not source.exists():
                 raise InputError(f"{self.file}: `{split}` names {source}, which doesn't exist{self._download_hint()}")
-        files = sorted(file for source in sources for file in _images_in(source, self.root))
+        files = sorted(file for source in sources for file in self._images_in(split, source))
         if not files:
             where = ", ".join(str(source) for source in sources)
             raise InputError(f"no images found for `{split}` in {where}{self._download_hint()}")
         return files
+
+    def annotations(self, split: str) -> dict[Path, tuple[CocoImage, Path]]:
+        """The images of a split whose labels are in COCO instances files, each with its file; those of label files are not among them."""
+        found: dict[Path, tuple[CocoImage, Path]] = {}
+        for source in self.splits.get(split, []):
+            if source.suffix == JSON:
+                content = read_coco(source)
+                unknown = sorted(set(content.categories) - set(self.names.values()))
+                if unknown:
+                    raise InputError(f"{source}: category {unknown[0]!r} is not among the `names` of {self.file}")
+                folder = self._image_folder(split, source, content)
+                found |= {_absolute(folder / image.name): (image, source) for image in content.images}
+        return found
+
+    def _images_in(self, split: str, source: Path) -> Iterable[Path]:
+        if source.suffix != JSON:
+            return _images_in(source, self.root)
+        content = read_coco(source)
+        folder = self._image_folder(split, source, content)
+        return (_absolute(folder / image.name) for image in content.images)
+
+    def _image_folder(self, split: str, source: Path, content: CocoFile) -> Path:
+        """Where the images of an instances file lie: as the yaml's `images` says, or in the first of the usual places that has the first one."""
+        if split in self.image_folders:
+            return self.image_folders[split]
+        name = source.stem.removeprefix("instances_")  # instances_train2017.json: train2017
+        folders = [base / folder for base in (self.root, self.root / "images", source.parent) for folder in (name, split, "")]
+        folder = next((folder for folder in folders if content.images and (folder / content.images[0].name).is_file()), None)
+        if folder is None:
+            first = content.images[0].name if content.images else "no image"
+            where = f"which is in none of the usual places below {self.root}; `images: FOLDER` in {self.file} says where"
+            raise InputError(f"{source} lists {first}, {where}")
+        return folder
 
     def relative(self, file: Path) -> str:
         """A file's name as reports and hashes show it: relative to the data set's folder, with forward slashes."""
@@ -56,17 +92,23 @@ def load_data_spec(path: str | Path) -> DataSpec:
     """
     file = Path(path)
     content = read_yaml(file, "a YOLOv5 data.yaml with train, val and names")
-    names = _names(file, content)
     entries = {split: _entries(file, split, content[split]) for split in SPLITS if content.get(split)}
     if not entries:
         raise InputError(f"{file} lists no images; it must have `train` and `val`, each a folder, a list file or a list of them")
     root = _root(file, str(content.get("path") or ""), [entry for split in entries.values() for entry in split])
     splits = {split: [_locate(root, entry) for entry in split_entries] for split, split_entries in entries.items()}
-    return DataSpec(file, root, splits, names, len(names), str(content.get("download") or ""))
+    names = _names(file, content, splits)
+    folders = content.get("images") or {}
+    given = folders if isinstance(folders, dict) else dict.fromkeys(splits, folders)
+    image_folders = {split: _locate(root, str(folder)) for split, folder in given.items()}
+    return DataSpec(file, root, splits, names, len(names), str(content.get("download") or ""), image_folders)
 
 
-def _names(file: Path, content: dict[str, Any]) -> dict[int, str]:
+def _names(file: Path, content: dict[str, Any], splits: dict[str, list[Path]]) -> dict[int, str]:
     names = content.get("names")
+    annotated = next((source for sources in splits.values() for source in sources if source.suffix == JSON), None)
+    if names is None and annotated is not None:
+        names = list(read_coco(annotated).categories)
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names:

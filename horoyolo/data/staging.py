@@ -61,8 +61,15 @@ def plan_layout(spec: DataSpec) -> Layout:
         if name.splitlines() != [name.strip()]:
             raise InputError(f"{spec.file}: no list of images can hold {name!r}: a line break in it, or a space at an end")
     files = [(name, image) for image, name in names.items()]
-    files += [(name, label) for name, label in labels.items() if label.is_file()]
+    annotated = {label_path(image) for split in splits for image in spec.annotations(split.name)}
+    files += [(name, label) for name, label in labels.items() if label not in annotated and label.is_file()]
     texts = {"data.yaml": _data_yaml(spec, [split.name for split in splits])}
+    # Boxes from COCO files travel as label files, with as many digits as their bits need.
+    new_names = {label: name for name, label in labels.items()}
+    for split in splits:
+        for image, boxes in zip(split.image_paths, split.labels, strict=True):
+            if label_path(image) in annotated:
+                texts[new_names[label_path(image)]] = "".join(" ".join(f"{value:.9g}" for value in box) + "\n" for box in boxes)
     texts |= {f"{split.name}.txt": "".join(f"./{names[image]}\n" for image in split.image_paths) for split in splits}
     content = describe_content(_renamed(split, [names[image] for image in split.image_paths]) for split in splits)
     num_bytes = sum(os.path.getsize(file) for _, file in files) + sum(len(text.encode()) for text in texts.values())

@@ -136,8 +136,16 @@ def test_class_beyond_the_names_says_file_and_line(tmp_path: Path, cached: bool)
     if cached:
         scan_split(spec, "train")
     (tmp_path / "data.yaml").write_text("train: images/train\nnames: [x]\n")
-    with pytest.raises(InputError, match=r"a\.txt, line 2: class 1 is beyond .* which are 0 to 0"):
+    with pytest.raises(InputError, match=r"a\.txt:2: class 1 is beyond .* which are 0 to 0"):
         scan_split(load_data_spec(tmp_path / "data.yaml"), "train")
+
+
+def test_without_being_strict_unknown_classes_are_listed_and_left_out(tmp_path: Path) -> None:
+    spec = write_set(tmp_path, {"a": f"{GOOD}7 0.1 0.1 0.1 0.1\n2 0.1 0.1 0.1 0.1\n"})
+    split = scan_split(spec, "train", strict=False)
+    assert split.report.unknown_class == ["labels/train/a.txt:2 (class 7)", "labels/train/a.txt:3 (class 2)"]
+    assert split.report.boxes == 1
+    assert len(scan_split(write_set(tmp_path / "torn", {"a": GOOD}, {"a": b""}), "train", strict=False)) == 0
 
 
 def test_no_labels_and_no_readable_image(tmp_path: Path) -> None:
@@ -154,6 +162,26 @@ def test_cached_scan_equals_the_first(tmp_path: Path, monkeypatch: pytest.Monkey
     second = scan_split(spec, "train")
     assert same(first, second)
     assert first.content_hash == second.content_hash
+
+
+def test_processes_find_what_threads_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = write_set(tmp_path, {"a": GOOD, "b": None, "c": GOOD + "bad\n"}, {"b": JPEG[:20]})
+    first = scan_split(spec, "train")
+    shutil.rmtree(tmp_path / ".horoyolo-cache")
+    monkeypatch.setattr(scan, "MANY", 1)
+    monkeypatch.setattr(scan, "ThreadPoolExecutor", None)
+    assert same(first, scan_split(spec, "train"))
+
+
+def test_of_workers_that_start_together_one_reads_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = write_set(tmp_path, {f"a{i}": GOOD for i in range(10)})
+    read: list[Path] = []
+    image_hw = scan.image_hw
+    monkeypatch.setattr(scan, "image_hw", lambda file: (read.append(file), image_hw(file))[1])
+    with ThreadPoolExecutor(4) as pool:
+        splits = list(pool.map(lambda _: scan_split(spec, "train"), range(4)))
+    assert all(same(splits[0], split) for split in splits)
+    assert len(read) == 10
 
 
 @pytest.mark.parametrize("change", ["label", "image", "new image", "no label"])
