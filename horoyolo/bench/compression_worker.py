@@ -114,6 +114,7 @@ def gradient_errors(rows: list[Row], stepper: Stepper, comm: Comm) -> dict[str, 
                 param.grad = own[name].clone()
             exchange.arm()
             exchange.finish()
+            exchange.measure()
             sums = {name: param.grad for name, param in stepper.model.named_parameters() if param.grad is not None}
             first = _distance(sums, true) if update == 0 else first
             for name, grad in sums.items():

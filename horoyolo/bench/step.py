@@ -38,6 +38,9 @@ class Exchange(Protocol):
     def finish(self) -> object:
         """Gradients are summed when this returns."""
 
+    def measure(self) -> None:
+        """The update is over: what it cost is known."""
+
 
 @dataclass
 class Stepper:
@@ -77,6 +80,8 @@ class Stepper:
         if self.exchange is not None:
             self.exchange.finish()
         self.optimizer.step()
+        if self.exchange is not None:
+            self.exchange.measure()
 
     def seconds(self, steps: int) -> list[float]:
         """The time of each of ``steps`` steps."""

@@ -58,6 +58,9 @@ class TimedCompressor:
     def measured(self, tail_s: float, wait_s: float, comm: Any) -> None:
         self._compressor.measured(tail_s, wait_s, comm)
 
+    def reset(self) -> None:
+        self._compressor.reset()
+
 
 @dataclass(frozen=True)
 class _TimedPending:

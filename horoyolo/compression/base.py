@@ -80,6 +80,13 @@ class Compressor(ABC):
         """
 
     @abstractmethod
+    def reset(self) -> None:
+        """The update under way is given up, and the next one may be among other workers: what was measured of them counts no more.
+
+        What this worker has not sent, and what all share, stays.
+        """
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """State that is the same on all workers."""
 
@@ -125,6 +132,10 @@ class Lossy(ABC):
 
     def discard(self) -> None:  # noqa: B027, most have nothing to undo
         """The update is left out: state is again what it was before."""
+
+    def reset(self) -> None:
+        """As ``Compressor.reset``. Overrides call this one."""
+        self.discard()
 
     def state_dict(self) -> dict[str, Any]:
         """State that is the same on all workers. Overrides add to it."""

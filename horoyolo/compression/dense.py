@@ -28,6 +28,7 @@ class WideGrads(Protocol):
     """The part of ``distributed.exact.WideGrads`` that is used here."""
 
     def of(self, param: Tensor) -> Tensor: ...
+    def clear(self) -> None: ...
 
 
 class ExactSum(Dense):
@@ -44,6 +45,10 @@ class ExactSum(Dense):
         torch._foreach_zero_(sums)
         wire_bytes = ring_bytes(flat.numel() * flat.element_size(), comm.size())
         return _ExactPending(bucket, comm.allreduce_async(flat, bucket.name), wire_bytes)
+
+    def reset(self) -> None:
+        super().reset()
+        self._wide_grads.clear()
 
 
 @dataclass(frozen=True)

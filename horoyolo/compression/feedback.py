@@ -52,6 +52,10 @@ class ErrorFeedback(Compressor):
         self._next = {}
         self.lossy.discard()
 
+    def reset(self) -> None:
+        self.discard()
+        self.lossy.reset()
+
     def overlap(self) -> bool:
         return self._overlap
 

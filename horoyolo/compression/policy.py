@@ -63,6 +63,10 @@ class Switch(Lossy):
     def discard(self) -> None:
         self.members[self.current].discard()
 
+    def reset(self) -> None:
+        for member in self.members.values():
+            member.reset()
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "current": self.current, "members": {name: member.state_dict() for name, member in self.members.items()}}
 
@@ -161,6 +165,11 @@ class Auto(Compressor):
 
     def discard(self) -> None:
         self._feedback.discard()
+
+    def reset(self) -> None:
+        """Measures anew: newcomers know nothing of what was tried before."""
+        self._feedback.reset()
+        self._begin()
 
     def overlap(self) -> bool:
         return self._choice.overlap

@@ -36,6 +36,9 @@ class WarmUp(Lossy):
     def discard(self) -> None:
         self._active().discard()
 
+    def reset(self) -> None:
+        self._lossy.reset()
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "lossy": self._lossy.state_dict()}
 

@@ -11,6 +11,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
@@ -23,11 +24,18 @@ YIELD_S, REST_S = 0.05, 0.001  # how long to wait for a collective without sleep
 REDUCIBLE = (torch.float32, torch.float64, torch.float16, torch.int32, torch.int64)
 
 
+class CommBroken(RuntimeError):
+    """A collective failed: a worker or the way to it is gone. None may follow before communication was closed and begun anew.
+
+    What was handed to collectives must be left alone until it is closed: the network may still write there.
+    """
+
+
 class Handle(Protocol):
     """A collective under way."""
 
     def wait(self) -> Any:
-        """Return the result when it is there; call it once."""
+        """Return the result when it is there; call it once (CommBroken: it failed)."""
 
 
 class Done:
@@ -85,10 +93,6 @@ class Comm(ABC):
         """Start replacing ``tensor`` by that of worker ``root``, in place, any dtype."""
 
     @abstractmethod
-    def barrier(self) -> None:
-        """Return when all workers have come here."""
-
-    @abstractmethod
     def group(self, ranks: Sequence[int]) -> Comm:
         """A Comm over some of the workers; all workers call it, in the same order, and only members use the result."""
 
@@ -111,6 +115,10 @@ class Comm(ABC):
     def broadcast(self, tensor: Tensor, root: int = 0, name: str | None = None) -> Tensor:
         """``tensor`` of worker ``root``, in place; see ``broadcast_async``."""
         return self.broadcast_async(tensor, name or "broadcast", root).wait()
+
+    def barrier(self) -> None:
+        """Return when all workers have come here."""
+        self.allreduce(torch.zeros(1), name="barrier")
 
     def broadcast_object(self, obj: Any, root: int = 0) -> Any:
         """What worker ``root`` gave, pickled; the other workers' ``obj`` is ignored."""
@@ -160,9 +168,6 @@ class LocalComm(Comm):
     def broadcast_async(self, tensor: Tensor, name: str, root: int = 0) -> Handle:
         return Done(tensor)
 
-    def barrier(self) -> None:
-        pass
-
     def group(self, ranks: Sequence[int]) -> Comm:
         if list(ranks) != [0]:
             raise ValueError(f"a group of ranks {list(ranks)} among one worker: only [0] exists")
@@ -173,10 +178,17 @@ class LocalComm(Comm):
 
 
 class HorovodComm(Comm):
-    """The workers of an initialised Horovod, or some of them (a process set)."""
+    """The workers of an initialised Horovod, or some of them (a process set).
 
-    def __init__(self, hvd: Any, process_set: Any = None):
+    ``waiting`` gives the context that a wait for other workers runs in.
+    """
+
+    def __init__(self, hvd: Any, process_set: Any = None, waiting: Callable[[], AbstractContextManager] = nullcontext):
+        from horovod.common.exceptions import HorovodInternalError
+
         self._hvd = hvd
+        self._failure = HorovodInternalError
+        self._waiting = waiting
         self._set = process_set or hvd.global_process_set
         self._prefix = f"set{process_set.process_set_id}." if process_set else ""
 
@@ -196,46 +208,56 @@ class HorovodComm(Comm):
         _check_reducible(tensor)
         wire = tensor.contiguous()
         reduction = {"sum": self._hvd.Sum, "max": self._hvd.Max}[op]
-        handle = self._hvd.allreduce_async_(wire, name=self._prefix + name, op=reduction, process_set=self._set)
-        return self._handle(handle, lambda _: _stored(wire, tensor))
+        return self._started(lambda _: _stored(wire, tensor), self._hvd.allreduce_async_, wire, name=name, op=reduction)
 
     def allgather_async(self, tensor: Tensor, name: str) -> Handle:
         row_shape = tensor.shape[1:]
-        handle = self._hvd.allgather_async(_rows_as_bytes(tensor), name=self._prefix + name, process_set=self._set)
-        return self._handle(handle, lambda rows: _rows_from_bytes(rows, tensor.dtype, row_shape))
+        rows = _rows_as_bytes(tensor)
+        return self._started(lambda rows: _rows_from_bytes(rows, tensor.dtype, row_shape), self._hvd.allgather_async, rows, name=name)
 
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
         _check_splits(tensor, splits, self.size())
         row_shape = tensor.shape[1:]
         splits_tensor = torch.tensor(splits, dtype=torch.int32)
-        handle = self._hvd.alltoall_async(_rows_as_bytes(tensor), splits_tensor, name=self._prefix + name, process_set=self._set)
-        return self._handle(handle, lambda got: (_rows_from_bytes(got[0], tensor.dtype, row_shape), got[1].tolist()))
+        rows = _rows_as_bytes(tensor)
+
+        def finish(received: tuple[Tensor, Tensor]) -> tuple[Tensor, list[int]]:
+            return _rows_from_bytes(received[0], tensor.dtype, row_shape), received[1].tolist()
+
+        return self._started(finish, self._hvd.alltoall_async, rows, splits_tensor, name=name)
 
     def broadcast_async(self, tensor: Tensor, name: str, root: int = 0) -> Handle:
         wire = tensor.contiguous()
         global_root = self._set.ranks[root] if self._prefix else root  # Horovod numbers roots over the whole job
-        handle = self._hvd.broadcast_async_(_as_bytes(wire), global_root, name=self._prefix + name, process_set=self._set)
-        return self._handle(handle, lambda _: _stored(wire, tensor))
-
-    def barrier(self) -> None:
-        self._hvd.barrier(self._set)
+        return self._started(lambda _: _stored(wire, tensor), self._hvd.broadcast_async_, _as_bytes(wire), global_root, name=name)
 
     def group(self, ranks: Sequence[int]) -> Comm:
-        return HorovodComm(self._hvd, self._hvd.add_process_set(list(ranks)))
+        return HorovodComm(self._hvd, self._hvd.add_process_set(list(ranks)), self._waiting)
 
     def close(self) -> None:
         self._hvd.shutdown()
 
-    def _handle(self, handle: int, finish: Callable[[Any], Any]) -> Handle:
+    def _started(self, finish: Callable[[Any], Any], start: Callable[..., int], *args: Any, name: str, **options: Any) -> Handle:
+        """The handle of a collective, begun by ``start``, whose outcome goes through ``finish``."""
+        try:
+            handle = start(*args, name=self._prefix + name, process_set=self._set, **options)
+        except self._failure as error:
+            raise CommBroken(f"{name}: {error}") from error
+
         def wait() -> Any:
-            # Horovod's own wait yields its core in a loop as long as it takes: on a slow link that keeps a core from others for seconds.
-            rest_from_s = time.perf_counter() + YIELD_S
-            while not self._hvd.poll(handle):
-                if time.perf_counter() < rest_from_s:
-                    os.sched_yield()
-                else:
-                    time.sleep(REST_S)
-            return finish(self._hvd.synchronize(handle))
+            with self._waiting():
+                # Horovod's own wait yields its core in a loop as long as it takes: on a slow link that keeps a core from others for seconds.
+                rest_from_s = time.perf_counter() + YIELD_S
+                while not self._hvd.poll(handle):
+                    if time.perf_counter() < rest_from_s:
+                        os.sched_yield()
+                    else:
+                        time.sleep(REST_S)
+                try:
+                    outcome = self._hvd.synchronize(handle)
+                except self._failure as error:
+                    raise CommBroken(f"{name}: {error}") from error
+            return finish(outcome)
 
         return _HorovodHandle(wait)
 

@@ -35,6 +35,10 @@ class WideGrads:
             self._sums[param] = torch.zeros_like(param, dtype=torch.float64)
         return self._sums[param]
 
+    def clear(self) -> None:
+        """Forgets the sums so far."""
+        self._sums.clear()
+
 
 class ImageThreads:
     """Computes images at the same time, each on one thread: the order in which a kernel adds depends on its threads too."""

@@ -43,6 +43,9 @@ class Compressor(Protocol):
     def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
         """What the update just committed cost, from the start of its last backward, and in ``finish``; collectives are allowed here."""
 
+    def reset(self) -> None:
+        """The update under way is given up; the next one may be among other workers."""
+
 
 @dataclass(frozen=True)
 class ExchangeStats:
@@ -62,6 +65,8 @@ class Exchange:
                 exchange.arm()
             loss(images).backward()
         stats = exchange.finish()  # now every p.grad is the sum over workers, and a view into a bucket
+        optimizer.step()
+        exchange.measure()  # the next update may leave in another way
 
     A bucket whose gradients are all there leaves at once when armed. What did not fill (unused parameters, a worker without images, which
     arms and finishes without a backward) leaves in ``finish`` with what it holds, zeros for gradients that never came.
@@ -87,6 +92,8 @@ class Exchange:
         self._leave_early = False
         self._missing: list[set[str]] = []  # names of the gradients that backward still owes, for each bucket
         self._pending: dict[int, Pending] = {}
+        self._settled = False
+        self._cost_s: tuple[float, float] | None = None  # of the update just finished: as a compressor is told
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._gradient_hook(index, name, grad))
             for index, bucket in enumerate(self.buckets)
@@ -120,6 +127,7 @@ class Exchange:
         """Send what has not left yet and wait for everything; afterwards every gradient is the sum over workers, the same bits on each.
 
         A sum that is not finite leaves the compressor as it was before the update. All workers find the same: they hold the same bits.
+        No collective follows the last wait: where this returns, the update can be completed without any other worker.
         Raises RuntimeError when the exchange was not armed.
         """
         if not self._armed:
@@ -133,17 +141,43 @@ class Exchange:
         pending = [self._pending[index] for index in range(len(self.buckets))]
         for each in pending:
             each.proceed()
+        self._settled = True
         wire_bytes = sum(each.finish() for each in pending)
-        self._pending.clear()
-        self._armed = False
         done_s = time.perf_counter()
         norm = global_norm([bucket.flat for bucket in self.buckets])
-        if math.isfinite(norm):
+        finite = math.isfinite(norm)
+        self._end(used=finite)
+        self._cost_s = (done_s - self._armed_s, done_s - start_s) if finite else None
+        return ExchangeStats(norm, done_s - start_s, wire_bytes)
+
+    def measure(self) -> None:
+        """Tells the compressor what the update just finished cost. Every worker must call it: there may be collectives in it."""
+        if self._cost_s is not None:
+            cost_s, self._cost_s = self._cost_s, None
+            self._compressor.measured(*cost_s, self._comm)
+
+    @property
+    def settled(self) -> bool:
+        """Whether this worker has sent all that it sends in the update under way: others may complete it even if ``finish`` fails here."""
+        return self._settled
+
+    def reset(self, used: bool = False) -> None:
+        """Gives up what is under way, gradients included, after a collective failed; communication must have been closed before.
+
+        ``used``: others completed the update that failed here, so that what this worker keeps of it counts; only where it is ``settled``.
+        """
+        self._end(used)
+        self._cost_s = None
+        self._compressor.reset()
+        self.zero_grad()
+
+    def _end(self, used: bool) -> None:
+        self._pending.clear()
+        self._armed = self._settled = False
+        if used:
             self._compressor.commit()
-            self._compressor.measured(done_s - self._armed_s, done_s - start_s, self._comm)
         else:
             self._compressor.discard()
-        return ExchangeStats(norm, done_s - start_s, wire_bytes)
 
     def close(self) -> None:
         """Remove the hooks; gradients stay where they are."""

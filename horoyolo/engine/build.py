@@ -22,19 +22,19 @@ from horoyolo.data.build import build_eval_data, build_sampler, build_train_data
 from horoyolo.data.loader import build_eval_loader, build_train_loader, choose_num_workers
 from horoyolo.data.sampler import Sampler
 from horoyolo.data.scan import Split
-from horoyolo.distributed.comm import Comm, broadcast_tensors
+from horoyolo.distributed.comm import Comm
 from horoyolo.distributed.exact import convert_exact
 from horoyolo.distributed.exchange import Exchange
 from horoyolo.distributed.syncbn import convert_sync_bn
 from horoyolo.engine.background import Background
-from horoyolo.engine.checkpoint import read_rank_state, serialised, write_checkpoint, write_rank_state
+from horoyolo.engine.checkpoint import serialised, write_checkpoint, write_rank_state
 from horoyolo.engine.device import Numerics
 from horoyolo.engine.evaluate import evaluate
 from horoyolo.engine.loss_scale import LossScale
-from horoyolo.engine.recipe import class_counts, imbalance_notes, settle_anchors
+from horoyolo.engine.recipe import class_counts, imbalance_notes
 from horoyolo.engine.runs import Run
 from horoyolo.engine.schedule import Schedule
-from horoyolo.engine.state import Progress, TrainState
+from horoyolo.engine.state import Progress, Standing, TrainState
 from horoyolo.files import atomic_file
 from horoyolo.model.ema import EMA
 from horoyolo.model.loss import DetectionLoss, class_weights_from, scale_gains
@@ -51,7 +51,6 @@ class Training:
     config: Config
     comm: Comm
     numerics: Numerics
-    run: Run
     model: YOLO
     loss: DetectionLoss
     ema: EMA[YOLO]
@@ -67,7 +66,11 @@ class Training:
     val_loader: DataLoader
     progress: Progress
     state: TrainState
+    standing: Standing
+    data_hash: str  # of images, sizes and labels
     background: Background = field(default_factory=Background)
+    begun: bool = False  # whether workers have met: before, the state is that of a newcomer
+    run: Run = field(init=False)  # known from then on
 
     @property
     def global_batch(self) -> int:
@@ -175,14 +178,15 @@ def build_model_for(config: Config, num_classes: int, names: dict[int, str]) -> 
     return model
 
 
-def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, model: YOLO, train_split: Split, val_split: Split) -> Training:
-    """Places the parts in each other's reach, restores a resumed state, and gives all workers rank 0's weights."""
+def build_training(config: Config, comm: Comm, numerics: Numerics, model: YOLO, train_split: Split, val_split: Split, num_local: int) -> Training:
+    """Places the parts in each other's reach; ``num_local`` workers share this host.
+
+    Nobody talks to another worker here: how they come to the same state is in ``synchronise.py``.
+    """
     if config.comms.sync_bn:
         convert_sync_bn(model, comm)
     model = model.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     compressor = pick_compressor(model, config.comms, numerics)
-    if comm.rank() == 0 and run.resumed is None:
-        settle_anchors(model, train_split, config)  # before anything copies the model
     stride = max(model.strides)
     sampler = build_sampler(config, train_split, stride)
     batch = min(config.batch, sampler.num_samples)
@@ -194,22 +198,14 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
     state = TrainState(model=model, ema=ema, optimizer=optimizer, loss_scale=loss_scale, sampler=sampler, progress=progress)
     state.add("compressor", CompressorState(describe_compression(config.comms), compressor))
 
-    # Rank 0 alone reads the checkpoint: the others need not see its disk.
-    resumed = comm.broadcast_object(run.resumed)
-    if resumed is not None:
-        state.load_state_dict(resumed)
-        log.info("resumed at step %d, epoch %d", progress.step, sampler.epoch)
-    broadcast_tensors([*model.state_dict().values(), *ema.model.state_dict().values()], comm)
-
-    num_workers = choose_num_workers(config.workers, comm.local_size())
+    num_workers = choose_num_workers(config.workers, num_local)
     pin_memory = numerics.device.type == "cuda"
     for line in describe_input(config, sampler, train_split.names):
         log.info("%s", line)
-    job = Training(
+    return Training(
         config=config,
         comm=comm,
         numerics=numerics,
-        run=run,
         model=model.train(),
         loss=build_loss(config, model, class_counts(train_split, model.num_classes)),
         ema=ema,
@@ -225,14 +221,9 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, run: Run, mod
         val_loader=build_eval_loader(build_eval_data(config, val_split, stride), config.batch, comm, num_workers, pin_memory),
         progress=progress,
         state=state,
+        standing=Standing(state, model),
+        data_hash=train_split.content_hash + val_split.content_hash,
     )
-    if resumed is not None and comm.size() > 1:
-        own = read_rank_state(run.checkpoints, progress.step, comm.rank(), comm.size())
-        if own is None:
-            log.info("nothing of this worker's own was saved at step %d by %d workers: residuals start at zero", progress.step, comm.size())
-        else:
-            job.load_rank_state(own)
-    return job
 
 
 def pick_compressor(model: YOLO, comms: Comms, numerics: Numerics) -> Compressor:

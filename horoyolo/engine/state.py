@@ -1,10 +1,16 @@
-"""Everything a run needs to go on: what a checkpoint holds and what a resumed run takes back."""
+"""Everything a run needs to go on: what a checkpoint holds and what a resumed run takes back, and where a worker stands for the others."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+TENSORS = ("model", "ema", "optimizer", "compressor")  # the parts that change in updates alone
 
 
 class Stateful(Protocol):
@@ -82,3 +88,53 @@ class TrainState:
         """Restores every part (KeyError: the state lacks one)."""
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
+
+    def figures(self) -> dict[str, Any]:
+        """The state of the small parts: counters, mostly."""
+        return {name: part.state_dict() for name, part in self._parts.items() if name not in TENSORS}
+
+    def load_figures(self, figures: dict[str, Any]) -> None:
+        """Takes back what ``figures`` gave."""
+        for name, state in figures.items():
+            self._parts[name].load_state_dict(state)
+
+
+class Position(NamedTuple):
+    """How far a worker is; a larger one is further. Updates that were left out count too, since they used up images."""
+
+    last_update_step: int
+    epoch: int
+
+
+class Standing:
+    """The last complete update of this worker, to which it goes back when a step after it can't be completed.
+
+    Weights, optimizer, EMA and residuals change in updates alone. What changes on the way to one, counters and the statistics of BatchNorm layers,
+    is kept here.
+    """
+
+    def __init__(self, state: TrainState, model: nn.Module) -> None:
+        self._state = state
+        self._live = list(model.buffers())
+        self.buffers = [buffer.clone() for buffer in self._live]
+        self.figures = state.figures()
+
+    @property
+    def position(self) -> Position:
+        """Where that is."""
+        return Position(self.figures["progress"]["last_update_step"], self.figures["sampler"]["epoch"])
+
+    @property
+    def update(self) -> int:
+        """Updates that were used up to there."""
+        return self.figures["progress"]["update"]
+
+    def mark(self) -> None:
+        """What is now is what to go back to."""
+        self.figures = self._state.figures()
+        torch._foreach_copy_(self.buffers, self._live)
+
+    def go_back(self) -> None:
+        """Counters and statistics as they were when ``mark`` was called."""
+        self._state.load_figures(copy.deepcopy(self.figures))
+        torch._foreach_copy_(self._live, self.buffers)

@@ -46,6 +46,8 @@ def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> bool:
             epoch_record = finish_epoch(job, epoch, started_s)
             for hook in hooks:
                 hook.after_epoch(epoch_record)
+            job.comm.barrier()  # the epoch is over when rank 0 has written what came of it
+            job.standing.mark()
             if job.progress.out_of_patience(job.config.recipe.patience):
                 best, patience = job.progress.best_epoch + 1, job.config.recipe.patience
                 log.info("no better score for %d epochs: training ends; epoch %d was the best (--patience)", patience, best)
@@ -91,7 +93,7 @@ def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> 
         losses = job.loss(heads, batch.targets.to(numerics.device), torch.tensor(positives, device=numerics.device), global_batch)
     else:
         losses = torch.zeros(3, device=numerics.device)
-    summed_losses = comm.allreduce_async(losses.detach().double(), "step.losses")
+    sum_of_losses = comm.allreduce_async(losses.detach().double(), "step.losses")
     forward_s = time.perf_counter() - started_s
 
     started_s = time.perf_counter()
@@ -102,17 +104,21 @@ def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> 
         (losses.sum() * global_batch * job.loss_scale.value).backward()
     backward_s = time.perf_counter() - started_s
 
-    exchange_wait_s, wire_bytes = 0.0, 0
-    if update_due:
-        stats = job.exchange.finish()
-        exchange_wait_s, wire_bytes = stats.wait_s, stats.wire_bytes
-        apply_update(job, stats.norm)
-    box_loss, obj_loss, cls_loss = summed_losses.wait().tolist()
-
+    # All that is to come from other workers is awaited before anything changes: a worker that gets so far completes the update whatever happens
+    # to the others, and one that does not stands at the update before.
+    started_s = time.perf_counter()
+    sums = sum_of_losses.wait()
+    exchange = job.exchange.finish() if update_due else None
+    exchange_wait_s = time.perf_counter() - started_s
+    box_loss, obj_loss, cls_loss = sums.tolist()
+    if exchange is not None:
+        apply_update(job, exchange.norm)
     sampler.advance(global_batch)
     progress.count(global_batch, (box_loss, obj_loss, cls_loss))
-    if update_due:
+    if exchange is not None:
         progress.last_update_step = progress.step
+        job.standing.mark()
+        job.exchange.measure()
     record = StepRecord(
         step=progress.step,
         epoch=epoch,
@@ -128,7 +134,7 @@ def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> 
         forward_s=forward_s,
         backward_s=backward_s,
         exchange_wait_s=exchange_wait_s,
-        wire_bytes=wire_bytes,
+        wire_bytes=exchange.wire_bytes if exchange is not None else 0,
         workers=comm.size(),
     )
     return record, stops > 0
@@ -178,18 +184,17 @@ def apply_update(job: Training, norm: float) -> None:
 
 
 def finish_epoch(job: Training, epoch: int, started_s: float) -> EpochRecord:
-    """Evaluates where it is time to, and saves weights and a checkpoint."""
+    """Evaluates where it is time to, and saves weights and a checkpoint. Where it fails it can be done again: nobody has gone on."""
     progress = job.progress
     images, losses, lr = progress.epoch_images, progress.epoch_means(), job.schedule.at(epoch, progress.step - 1).lr
-    job.sampler.next_epoch()
-    progress.start_epoch()
-
     ema = averaged(job.ema.model, job)
     metrics, val_losses = None, None
     if (epoch + 1) % job.config.evaluate_every == 0 or epoch + 1 == job.config.epochs:
         metrics, val_losses = job.evaluate(ema)
         metrics["epoch"] = epoch
         job.heed(metrics)
+    job.sampler.next_epoch()
+    progress.start_epoch()
     is_best = metrics is not None and progress.score(epoch, fitness(metrics))
     job.save_weights(ema, epoch, metrics, is_best)
     job.save_checkpoint(whole_state(job), is_best)

@@ -1,0 +1,178 @@
+"""How workers that meet come to the same state: at the start of a run, and whenever some have gone or come.
+
+Nothing is kept by a worker that leads: all say how far they are, and who is furthest gives the others what they lack. Survivors of a failure
+are at most one update apart, since the next one needs everybody.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from horoyolo.config import Config, InputError
+from horoyolo.engine.build import Training
+from horoyolo.engine.checkpoint import read_rank_state
+from horoyolo.engine.recipe import settle_anchors
+from horoyolo.engine.runs import Run, open_run
+from horoyolo.engine.state import Position
+from horoyolo.engine.transfer import broadcast_state, fingerprint
+
+log = logging.getLogger("horoyolo")
+
+NOWHERE = Position(-1, -1)  # of a newcomer
+
+
+class Disagreement(RuntimeError):
+    """Workers hold different weights after they were brought together (exit status 1)."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a worker says of itself when workers meet."""
+
+    host: str
+    data_hash: str
+    config: Config
+    position: Position
+    update: int  # updates used
+    run: Run | None  # without the state it may have been resumed from
+
+
+def synchronise(job: Training) -> None:
+    """Brings all workers to the state of the one that is furthest; the first time to that of rank 0, which opens the run.
+
+    Every worker calls it when communication has begun. Raises InputError where workers were started with different data or settings, or there is
+    nothing to resume; Disagreement where they differ afterwards.
+    """
+    rank = job.comm.rank()
+    claims = job.comm.allgather_object(claim_of(job))
+    root = max(range(len(claims)), key=lambda other: (claims[other].position, -other))
+    check_agreement(claims, rank, root)
+    if claims[root].position == NOWHERE:
+        begin(job)
+    else:
+        catch_up(job, claims, root)
+    check_weights(job)
+    job.begun = True
+    job.standing.mark()
+
+
+def claim_of(job: Training) -> Claim:
+    """What this worker says of itself."""
+    position = job.standing.position if job.begun else NOWHERE
+    run = Run(job.run.folder) if job.begun else None
+    return Claim(platform.node(), job.data_hash, job.config, position, job.standing.update, run)
+
+
+def check_agreement(claims: Sequence[Claim], rank: int, root: int) -> None:
+    """Raises InputError where this worker's data or settings are not those of ``root``; at the start of a run where any worker's are not."""
+    told = claims[root]
+    for claim in claims if told.position == NOWHERE else [claims[rank]]:
+        if claim.data_hash != told.data_hash:
+            raise InputError(f"the data set on {claim.host} differs from that on {told.host} (images, sizes or labels): copy it again")
+        if claim.config != told.config:
+            here, there = asdict(claim.config), asdict(told.config)
+            different = ", ".join(name for name in there if here[name] != there[name])
+            raise InputError(f"the settings on {claim.host} differ from those on {told.host}: {different}")
+
+
+def begin(job: Training) -> None:
+    """The run as rank 0 opens it. It alone reads a checkpoint: the others need not see its disk."""
+    comm = job.comm
+    opened: Run | InputError | None = None
+    if comm.rank() == 0:
+        try:
+            opened = open_run(job.config)
+        except InputError as error:
+            opened = error
+    resumed = opened.resumed if isinstance(opened, Run) else None
+    told, is_resumed = comm.broadcast_object((Run(opened.folder) if isinstance(opened, Run) else opened, resumed is not None))
+    if isinstance(told, InputError):
+        raise told
+    job.run = told
+    if resumed is not None:
+        job.state.load_state_dict(resumed)
+    elif comm.rank() == 0:
+        settle_anchors(job.model, job.train_split, job.config)
+        job.ema.model.load_state_dict(job.model.state_dict())
+    state = broadcast_state(job.state.state_dict() if comm.rank() == 0 else None, comm, root=0)
+    if comm.rank() != 0:
+        job.state.load_state_dict(state)
+    if is_resumed:
+        log.info("resumed at step %d, epoch %d", job.progress.step, job.sampler.epoch)
+        load_own(job)
+
+
+def load_own(job: Training) -> None:
+    """What this worker saved of its own beside the checkpoint, where as many workers saved it."""
+    step, rank, size = job.progress.step, job.comm.rank(), job.comm.size()
+    if size == 1:
+        return
+    own = read_rank_state(job.run.checkpoints, step, rank, size)
+    if own is None:
+        log.info("nothing of this worker's own was saved at step %d by %d workers: residuals start at zero", step, size)
+    else:
+        job.load_rank_state(own)
+
+
+def catch_up(job: Training, claims: Sequence[Claim], root: int) -> None:
+    """Everyone comes to stand where ``root`` stands: at its last update, in whatever step communication ended."""
+    mine, told = claims[job.comm.rank()], claims[root]
+    if mine.position == told.position:
+        job.standing.go_back()
+        job.exchange.reset()
+    if all(claim.position == told.position for claim in claims):
+        return
+    state = broadcast_state(job.state.state_dict() if job.comm.rank() == root else None, job.comm, root)
+    if mine.position != told.position:
+        take_over(job, state, mine, told)
+
+
+def take_over(job: Training, state: dict[str, Any], mine: Claim, told: Claim) -> None:
+    """The ``state`` of the worker that is furthest, without losing what is this worker's own: BatchNorm statistics and residuals.
+
+    Where others completed the update that failed here, they got all that this worker sent in it, so what is its own is that of this update. A
+    newcomer has nothing of its own: it takes the statistics too, and no residuals.
+    """
+    if mine.position.last_update_step == told.position.last_update_step:  # others have finished the epoch besides
+        job.standing.go_back()
+        job.exchange.reset()
+        has_own = True
+    else:
+        has_own = job.exchange.settled
+        job.exchange.reset(used=has_own and told.update > mine.update)
+    own = [buffer.clone() for buffer in job.model.buffers()]
+    job.state.load_state_dict(state)
+    if has_own:
+        torch._foreach_copy_(list(job.model.buffers()), own)
+    else:
+        job.compressor.load_rank_state_dict({})
+    assert told.run is not None
+    job.run = told.run
+
+
+def check_weights(job: Training) -> None:
+    """Raises Disagreement, which says where, unless all workers hold the same: weights, their average, optimizer, what compressors share."""
+    if job.comm.size() == 1:
+        return
+    state = job.state.state_dict()
+    parts = {
+        "weights": dict(job.model.named_parameters()),
+        "EMA": dict(job.ema.model.named_parameters()),
+        "optimizer": state["optimizer"]["state"],  # the rates beside it are set anew in every step
+        "compressor": state["compressor"],
+        "counters": job.state.figures(),
+    }
+    if job.config.comms.sync_bn:
+        parts["BatchNorm statistics"] = dict(job.model.named_buffers())
+    everyone = job.comm.allgather_object((platform.node(), {name: fingerprint(part) for name, part in parts.items()}))
+    first_host, first = everyone[0]
+    for rank, (host, prints) in enumerate(everyone):
+        different = ", ".join(name for name in first if prints[name] != first[name])
+        if different:
+            raise Disagreement(f"rank {rank} on {host} holds other values than rank 0 on {first_host}: {different}; resume from a checkpoint")
