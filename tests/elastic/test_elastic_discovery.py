@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from horoyolo.config import InputError
+from horoyolo.elastic.discovery import Discovery, DiscoveryError, ask_hostfile, ask_program, ask_slurm, run, usable, with_slots
+from horoyolo.launch.hosts import Host
+
+HERE = "localhost"
+
+
+def program(folder: Path, text: str, name: str = "hosts.sh") -> str:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_program_prints_hosts_and_slots(tmp_path):
+    ask = ask_program([program(tmp_path, "echo n1:4; echo '# a comment'; echo n2 slots=2")], None)
+    assert ask() == [Host("n1", 4), Host("n2", 2)]
+
+
+def test_names_get_slots_where_that_is_what_a_program_prints(tmp_path):
+    assert ask_program([program(tmp_path, "echo w-0.job; echo w-1.job:1")], 8)() == [Host("w-0.job", 8), Host("w-1.job", 1)]
+    assert with_slots("a # first\n\n# none\n b\nc slots=1\nd:3\n", 2).split() == ["a:2", "#", "none", "b:2", "c", "slots=1", "d:3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("echo error", "'error'"),
+        ("exit 3", "status 3"),
+        ("echo no API >&2; exit 1", "status 1: no API"),
+        ("true", "nothing"),
+        ("echo WARN: x y", "WARN"),
+        ("echo n1:0", "slots"),
+        ("head -c 1000 /dev/zero", "hosts.sh"),
+    ],
+)
+def test_what_is_no_list_is_refused(text, says, tmp_path):
+    with pytest.raises((DiscoveryError, InputError), match=says):
+        ask_program([program(tmp_path, text)], None)()
+
+
+def test_a_program_that_hangs_is_ended_with_its_children(tmp_path):
+    begin_s = time.monotonic()
+    with pytest.raises(DiscoveryError, match="no answer"):
+        run([program(tmp_path, f"sleep 50 & echo $! > {tmp_path}/pid; sleep 60; echo n1:1")], limit_s=0.5)
+    assert time.monotonic() - begin_s < 5
+    child = int((tmp_path / "pid").read_text())
+    time.sleep(0.1)
+    assert not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text()
+
+
+def test_slurm_is_the_allocation_and_the_nodes_that_are_up(tmp_path, monkeypatch):
+    states = "n1 allocated\nn2 down*\nn3 mixed\nn3 mixed\nn4 idle*\nn9 idle"
+    program(tmp_path, f"printf '{states}'", "sinfo")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    ask = ask_slurm({"SLURM_JOB_NODELIST": "n[1-4]", "SLURM_TASKS_PER_NODE": "2(x4)"})
+    assert ask() == [Host("n1", 2), Host("n3", 2)]
+
+
+def test_slurm_without_any_node_that_is_up_is_no_answer(tmp_path, monkeypatch):
+    program(tmp_path, "echo n1 down", "sinfo")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(DiscoveryError, match="no node"):
+        ask_slurm({"SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "2"})()
+
+
+def test_unknown_names_are_left_out_and_this_machine_is_one_host():
+    assert usable([Host("localhost", 2), Host("127.0.0.1", 1)]) == [Host("localhost", 3)]
+    assert usable([Host("no.such.name.invalid", 2), Host("127.0.0.1", 1)]) == [Host("127.0.0.1", 1)]
+    with pytest.raises(DiscoveryError, match="no known host"):
+        usable([Host("no.such.name.invalid", 2)])
+
+
+class Answers:
+    """A source that gives one answer after the other, the last one for ever."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def __call__(self):
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_the_last_good_list_holds_and_a_new_one_must_come_twice():
+    told: list[str] = []
+    two, three = [Host(HERE, 2)], [Host(HERE, 3)]
+    trouble = DiscoveryError("no answer")
+    discovery = Discovery(Answers(two, three, two, three, trouble, trouble, three, three), 1, told.append)
+    seen = []
+    for _ in range(8):
+        discovery.ask_once()
+        seen.append(discovery.hosts()[0].slots)
+    assert seen == [2, 2, 2, 2, 2, 2, 3, 3]
+    assert told == ["hosts: no answer; 1 hosts as before", "hosts: the list can be read again"]
+
+
+def test_an_edited_hostfile_is_seen_by_the_thread(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("localhost slots=1\n")
+    discovery = Discovery(ask_hostfile(str(path), None), 0.02, lambda line: None)
+    discovery.start()
+    for slots in (1, 4, 2):
+        path.write_text(f"localhost slots={slots}\n")
+        end_s = time.monotonic() + 5
+        while [host.slots for host in discovery.hosts()] != [slots]:
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+    path.unlink()
+    time.sleep(0.1)
+    assert [host.slots for host in discovery.hosts()] == [2]
+    discovery.close()
+
+
+def test_a_source_that_hangs_holds_nobody_up(tmp_path):
+    discovery = Discovery(ask_program([program(tmp_path, "sleep 5; echo localhost:1")], None), 1, lambda line: None)
+    begin_s = time.monotonic()
+    discovery.start()
+    assert discovery.hosts() == []
+    discovery.close()
+    assert time.monotonic() - begin_s < 1
