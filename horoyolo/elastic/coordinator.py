@@ -33,6 +33,7 @@ from horoyolo.launch.status import STATUS_DIR
 POLL_S = 0.5
 END_S = 20.0  # agents kill what is left of the job, and leave
 LOG_IN_S = 15.0  # besides LEASE_S, for an agent to say its first word
+GLOO = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
 LOOPBACK = ("127.0.0.1", "lo")
 
 
@@ -73,6 +74,11 @@ def agent_argv(job: Job, host: Host, by_srun: bool) -> list[str]:
         step = ["--nodes=1", "--ntasks=1", f"--nodelist={host.name}", f"--chdir={job.cwd}"]
         return ["srun", "--overlap", "--mpi=none", "--cpu-bind=none", *step, "env", tag, *command]
     return ssh_argv(host.name, ["env", "-C", job.cwd, *python_path, tag, *command], ssh_to(host, job.ssh))
+
+
+def workers_env(job: Job) -> dict[str, str]:
+    """The variables that all workers of a job get."""
+    return {name: value for name, value in job.env.items() if name != STATUS_DIR} | GLOO
 
 
 @dataclass
@@ -283,8 +289,7 @@ class Coordinator:
         self._watchdog.hear_host(host.name, now + LOG_IN_S)
         for stream in (process.stdout, process.stderr):
             self._selector.register(stream, selectors.EVENT_READ, line)
-        env = {name: value for name, value in self._job.env.items() if name != STATUS_DIR}
-        line.tell({"do": "serve", "argv": list(self._job.argv), "cwd": self._job.cwd, "env": env})
+        line.tell({"do": "serve", "argv": list(self._job.argv), "cwd": self._job.cwd, "env": workers_env(self._job)})
 
     def _form(self, action: Form) -> None:
         self._close_rendezvous()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from horoyolo.config import InputError
-from horoyolo.elastic.coordinator import Elastic, agent_argv, run_elastic
+from horoyolo.elastic.coordinator import Elastic, agent_argv, run_elastic, workers_env
 from horoyolo.elastic.discovery import KUBERNETES, Ask, DiscoveryError, ask_hostfile, ask_program, ask_slurm, usable
 from horoyolo.elastic.membership import Limits
 from horoyolo.launch.environment import travelling_env, worker_env
@@ -21,7 +21,6 @@ from horoyolo.launch.start import chosen_ssh
 from horoyolo.launch.status import STATUS_DIR
 
 FILE_EVERY_S, PROGRAM_EVERY_S, SLURM_EVERY_S = 1.0, 2.0, 10.0  # Slurm's controller serves everybody
-GLOO = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
 
 
 def is_elastic(parsed: argparse.Namespace) -> bool:
@@ -86,7 +85,7 @@ def _source(parsed: argparse.Namespace, env: Mapping[str, str]) -> tuple[Ask, fl
 def build_elastic_job(parsed: argparse.Namespace, words: Sequence[str], env: Mapping[str, str]) -> Job:
     """The job that each slot runs: ``words`` in this folder, with what may travel of ``env``."""
     words = words if "--elastic" in words else [*words, "--elastic"]
-    variables = {**travelling_env(env, parsed.variables), **worker_env(1, None, env), **GLOO, STATUS_DIR: str(new_status_dir())}
+    variables = {**travelling_env(env, parsed.variables), **worker_env(1, None, env), STATUS_DIR: str(new_status_dir())}
     argv = (sys.executable, "-m", "horoyolo", *words)
     return Job(parsed.min_np, argv, variables, nic=parsed.nic, ssh=chosen_ssh(parsed), cwd=str(Path.cwd()))
 
@@ -107,6 +106,6 @@ def dry_run(job: Job, elastic: Elastic) -> list[str]:
         hosts: Sequence[Host] = usable(elastic.ask())
     except DiscoveryError as error:
         raise InputError(f"hosts: {error}") from error
-    told = [f"{name}={value}" for name, value in sorted(job.env.items()) if name != STATUS_DIR]
+    told = [f"{name}={value}" for name, value in sorted(workers_env(job).items())]
     agents = [f"{shlex.join(agent_argv(job, host, elastic.by_srun))}  # {host.name}: {host.slots} workers" for host in hosts]
     return [*agents, f"{shlex.join(['env', *told])} \\", shlex.join(job.argv)]
