@@ -16,11 +16,10 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from horoyolo.config import InputError
-from horoyolo.launch.hosts import Host, local_hosts, parse_hostfile, read_hostfile, slurm_hosts
+from horoyolo.launch.hosts import NAME, Host, parse_hostfile, read_hostfile, slurm_hosts
 from horoyolo.launch.remote import is_this_machine
 
 LIMIT_S = 10.0  # for a program's answer
@@ -115,16 +114,19 @@ def run(argv: Sequence[str], limit_s: float = LIMIT_S) -> str:
 
 
 def usable(hosts: Sequence[Host]) -> list[Host]:
-    """The hosts whose names are known; those that are this machine, whatever they are called, are one. Raises DiscoveryError when none is left."""
+    """The hosts whose names are known; this machine is one host of one name, whatever it is called. Raises DiscoveryError when none is left."""
     mine = [host for host in hosts if is_this_machine(host.name)]
-    if len(mine) == len(hosts):
-        return local_hosts(sum(host.slots for host in mine))
-    known = [host for host in hosts if host not in mine and _resolves(host)]
-    if not known and not mine:
+    here = [Host(this_machine(), sum(host.slots for host in mine))] if mine else []
+    found = [here[0] if host in mine else host for host in hosts if host in mine[:1] or (host not in mine and _resolves(host))]
+    if not found:
         raise DiscoveryError(f"no known host among {', '.join(host.name for host in hosts)}")
-    here = [replace(mine[0], slots=sum(host.slots for host in mine), max_slots=None)] if mine else []
-    order = {host.name: place for place, host in enumerate(hosts)}
-    return sorted([*known, *here], key=lambda host: order[host.name])
+    return found
+
+
+def this_machine() -> str:
+    """This machine's name for itself, where it can be one."""
+    name = os.uname().nodename
+    return name if NAME.fullmatch(name) else "localhost"
 
 
 def _resolves(host: Host) -> bool:

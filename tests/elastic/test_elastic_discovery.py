@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from horoyolo.config import InputError
-from horoyolo.elastic.discovery import Discovery, DiscoveryError, ask_hostfile, ask_program, ask_slurm, run, usable, with_slots
+from horoyolo.elastic.discovery import Discovery, DiscoveryError, ask_hostfile, ask_program, ask_slurm, run, this_machine, usable, with_slots
 from horoyolo.launch.hosts import Host
 
 HERE = "localhost"
@@ -73,8 +73,10 @@ def test_slurm_without_any_node_that_is_up_is_no_answer(tmp_path, monkeypatch):
 
 
 def test_unknown_names_are_left_out_and_this_machine_is_one_host():
-    assert usable([Host("localhost", 2), Host("127.0.0.1", 1)]) == [Host("localhost", 3)]
-    assert usable([Host("no.such.name.invalid", 2), Host("127.0.0.1", 1)]) == [Host("127.0.0.1", 1)]
+    here = this_machine()
+    assert usable([Host("localhost", 2), Host("127.0.0.1", 1)]) == [Host(here, 3)]
+    assert usable([Host("no.such.name.invalid", 2), Host("127.0.0.1", 1)]) == [Host(here, 1)]
+    assert usable([Host("192.0.2.1", 2), Host("::1", 1), Host(here, 1)]) == [Host("192.0.2.1", 2), Host(here, 2)]
     with pytest.raises(DiscoveryError, match="no known host"):
         usable([Host("no.such.name.invalid", 2)])
 

@@ -44,7 +44,7 @@ def test_a_killed_worker_a_newcomer_and_a_leaver(job):
 
     job.hostfile.write_text("localhost slots=2\n")
     fourth = job.wait_for(4, 2, timeout_s=60)
-    assert {place["worker"] for place in fourth} == {"localhost.0", "localhost.1"}
+    assert {place["worker"] for place in fourth} == {f"{os.uname().nodename}.{slot}" for slot in range(2)}
     wait_until(lambda: first_step(job, 4))
     assert "died" not in job.log().split("generation 3:")[1]  # in order
 
