@@ -328,10 +328,10 @@ def _describe_data(parser: _Parser) -> None:
     for sub_parser in (voc, coco):
         sub_parser.add_argument("--out", required=True, metavar="DIR")
         sub_parser.add_argument("--names", nargs="+", default=None, help="classes in this order; else alphabetical")
-    check = actions.add_parser("check", help="scan images and labels and tell what is wrong with them")
+    check = actions.add_parser("check", help="look at every image and label and tell what is wrong with them")
     check.add_argument("--data", required=True, metavar="YAML")
     check.add_argument("--splits", nargs="+", default=None, choices=("train", "val", "test"), help="look at these alone")
-    check.add_argument("--json", metavar="FILE", default="", help="file for the figures and the hash of the content; - prints them instead")
+    check.add_argument("--json", metavar="FILE", default="", help="file for findings, figures and the content's hash; - prints the last two")
     check.set_defaults(run=_check_data)
     synth = actions.add_parser("synth", help="a small synthetic data set")
     synth.add_argument("--out", required=True, metavar="DIR")
@@ -353,19 +353,25 @@ def _convert_coco(parsed: argparse.Namespace) -> int:
 
 
 def _check_data(parsed: argparse.Namespace) -> int:
+    from horoyolo.data.check import check_splits
     from horoyolo.data.scan import scan_split
     from horoyolo.data.spec import load_data_spec
     from horoyolo.data.staging import describe_content
 
     spec = load_data_spec(parsed.data)
-    splits = [scan_split(spec, split) for split in parsed.splits or spec.splits]
-    content = json.dumps(describe_content(splits))
+    names = parsed.splits or list(spec.splits)
     if parsed.json == "-":
-        return _print_lines([content])
+        return _print_lines([json.dumps(describe_content([scan_split(spec, name) for name in names]))])
+    checks = check_splits(spec, names)
+    _print_lines([line for check in checks for line in check.lines()])
     if parsed.json:
+        found = {check.scan.split: check.as_dict() for check in checks}
         with atomic_file(parsed.json, "w") as stream:
-            stream.write(content + "\n")
-    return _print_lines([line for split in splits for line in split.report.lines()])
+            json.dump(describe_content([scan_split(spec, name, strict=False) for name in names]) | {"found": found}, stream, indent=1)
+            stream.write("\n")
+    for name in names:
+        scan_split(spec, name)  # what training would refuse ends this with the same line
+    return DONE
 
 
 def _synthesise(parsed: argparse.Namespace) -> int:

@@ -56,6 +56,40 @@ def decode_image(source: Path | bytes, at_least_hw: tuple[int, int] | None = Non
     return _upright(image, layout.orientation)
 
 
+class Form(NamedTuple):
+    """How a file stores its pixels."""
+
+    channels: int  # 1 grey, 3, or 4: with alpha, or CMYK in a JPEG
+    bits: int  # of a channel
+    orientation: int  # EXIF, 1 (upright) to 8
+    jpeg: bool
+
+
+def image_form(source: Path | bytes) -> Form:
+    """What `decode_image` would convert. Raises DecodeError."""
+    data = _read(source)
+    if _is_jpeg(data):
+        layout = _jpeg_layout(data)
+        return Form(layout.channels, 8, layout.orientation, True)
+    _decode_other(data)  # finds what is cut short
+    stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if stored is None:
+        raise DecodeError("not readable as an image")
+    return Form(1 if stored.ndim == 2 else stored.shape[2], 8 * stored.dtype.itemsize, 1, False)
+
+
+def is_damaged(source: Path | bytes) -> bool:
+    """A JPEG whose pixels are coded with faults: it is decoded as far as can be. Raises DecodeError for what can't be read at all."""
+    data = _read(source)
+    if not _is_jpeg(data) or _jpeg_layout(data).channels == 4:
+        return False
+    try:
+        simplejpeg.decode_jpeg(data, strict=True)
+    except ValueError:
+        return True
+    return False
+
+
 def _read(source: Path | bytes) -> bytes:
     if isinstance(source, bytes):
         return source
@@ -85,11 +119,13 @@ class _JpegLayout(NamedTuple):
     height: int  # as stored, before orientation
     width: int
     orientation: int  # EXIF, 1 to 8
+    channels: int
 
 
 def _jpeg_layout(data: bytes) -> _JpegLayout:
     """Walk a JPEG's marker segments (ITU T.81, annex B) up to the pixels; DecodeError where they end early or no end marker follows."""
     hw = None
+    channels = 3
     orientation = 1
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
@@ -98,8 +134,9 @@ def _jpeg_layout(data: bytes) -> _JpegLayout:
             at += 1
             continue
         (length,) = struct.unpack_from(">H", data, at + 2)
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 9 <= len(data):  # start of frame
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 9 < len(data):  # start of frame
             hw = struct.unpack_from(">HH", data, at + 5)
+            channels = data[at + 9]
         elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
             orientation = _exif_orientation(data[at + 10 : at + 2 + length])
         elif marker == 0xDA:  # start of scan
@@ -107,7 +144,7 @@ def _jpeg_layout(data: bytes) -> _JpegLayout:
                 break
             if data.rfind(b"\xff\xd9", at + 2 + length) < 0:
                 raise DecodeError("JPEG file cut short: its end marker is missing")
-            return _JpegLayout(hw[0], hw[1], orientation)
+            return _JpegLayout(hw[0], hw[1], orientation, channels)
         at += 2 + length
     raise DecodeError("JPEG file with an unreadable header")
 
