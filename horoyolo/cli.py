@@ -333,6 +333,12 @@ def _describe_data(parser: _Parser) -> None:
     check.add_argument("--splits", nargs="+", default=None, choices=("train", "val", "test"), help="look at these alone")
     check.add_argument("--json", metavar="FILE", default="", help="file for findings, figures and the content's hash; - prints the last two")
     check.set_defaults(run=_check_data)
+    stats = actions.add_parser("stats", help="classes, sizes and shapes of boxes at the training size, against anchors; takes the flags of train")
+    _describe_train(stats)
+    stats.add_argument("--augmented", action="store_true", help="also what the model sees of the training images")
+    stats.add_argument("--out", type=Path, metavar="DIR", default=None, help="folder for plots")
+    stats.add_argument("--json", type=Path, metavar="FILE", default=None, help="file for the figures")
+    stats.set_defaults(run=_show_stats)
     synth = actions.add_parser("synth", help="a small synthetic data set")
     synth.add_argument("--out", required=True, metavar="DIR")
     synth.add_argument("--images", type=_positive, default=200)
@@ -371,6 +377,16 @@ def _check_data(parsed: argparse.Namespace) -> int:
             stream.write("\n")
     for name in names:
         scan_split(spec, name)  # what training would refuse ends this with the same line
+    return DONE
+
+
+def _show_stats(parsed: argparse.Namespace) -> int:
+    if not (hasattr(parsed, "cfg") or hasattr(parsed, "weights")):
+        parsed.cfg = "yolov5n"  # all sizes of YOLOv5 have the same anchors
+    config = train_config(parsed)
+    from horoyolo.stats import show_stats
+
+    show_stats(config, parsed.augmented, parsed.out, parsed.json)
     return DONE
 
 

@@ -25,6 +25,7 @@ FLOORS = {
     "val": 5,
     "export": 5,
     "tune": 5,
+    "stats": 5,
     "bench": 5,
     "cli": 6,
     "__main__": 7,

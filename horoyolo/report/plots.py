@@ -27,6 +27,7 @@ LOSSES = {"box": "Boxes", "obj": "Objectness", "cls": "Classes"}
 METRICS = {"map50": "mAP at IoU 0.5", "map50_95": "mAP at IoU 0.5 to 0.95", "precision": "Precision", "recall": "Recall"}
 FEW_POINTS = 60  # up to here each epoch is marked, which also shows a curve of one point
 
+MAX_NAMES = 30  # of classes below a plot
 MAX_TILES = 16
 MAX_SIDE = 1920  # pixels
 WHITE = 255
@@ -56,6 +57,32 @@ def plot_batch(images: Tensor, targets: Tensor, names: Mapping[int, str], path: 
         assert ok
         with atomic_file(path) as stream:
             stream.write(png)
+
+
+def plot_boxes(
+    boxes_of_class: Mapping[str, int], images_of_class: Mapping[str, int], boxes_wh: np.ndarray, anchors_wh: np.ndarray, path: Path
+) -> None:
+    """Draws classes by boxes and by images, and the sizes (n, 2) of boxes in pixels beside those of anchors (k, 2), into one picture."""
+    with _as_an_extra(f"boxes in {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure = Figure(figsize=(15, 4.5), layout="constrained")
+        classes, sizes, aspects = figure.subplots(1, 3)
+        at = np.arange(len(boxes_of_class))
+        classes.bar(at - 0.2, list(boxes_of_class.values()), 0.4, label="boxes")
+        classes.bar(at + 0.2, list(images_of_class.values()), 0.4, label="images")
+        if len(at) <= MAX_NAMES:
+            classes.set_xticks(at, list(boxes_of_class), rotation=30, ha="right")
+        classes.set(title="Classes", yscale="log" if len(at) > MAX_NAMES else "linear")
+        classes.legend()
+        sizes.plot(boxes_wh[:, 0], boxes_wh[:, 1], ".", markersize=2, alpha=0.4, label="boxes")
+        sizes.plot(anchors_wh[:, 0], anchors_wh[:, 1], "x", color="black", label="anchors")
+        sizes.set(title="Sizes in training images", xlabel="width, px", ylabel="height, px", xscale="log", yscale="log")
+        sizes.legend()
+        aspects.hist(np.log2(boxes_wh[:, 0] / boxes_wh[:, 1]), bins=60)
+        aspects.set(title="Aspect ratios", xlabel="log2(width / height)", ylabel="boxes")
+        for axes in (sizes, aspects):
+            axes.grid(alpha=0.3)
+        _save(figure, path)
 
 
 def batch_grid(images: Tensor, targets: Tensor, names: Mapping[int, str]) -> np.ndarray:
