@@ -136,7 +136,7 @@ def test_torn_weights_are_refused(dataset: Path, here: Path, capsys: pytest.Capt
 def test_launch_checks_the_job_first(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 workers" in refused(capsys, "launch", "-np", 3, "--", *train(dataset, "--batch", 2))
     assert "did you mean --epochs" in refused(capsys, "launch", "-np", 2, "--", *train(dataset, "--epoch", 2))
-    assert "not supported yet" in refused(capsys, "launch", "--min-np", 1, "--", *train(dataset))
+    assert "at least 1" in refused(capsys, "launch", "--min-np", 0, "--", *train(dataset))
     assert "'hosts' can't be read" in refused(capsys, "launch", "--hostfile", "hosts", "--", *train(dataset))
     assert "-- train" in refused(capsys, "launch", "-np", 2)
     assert "horovodrun" in refused(capsys, "launch", "-np", 2, "--launcher", "ssh", "--dry-run", "--", *train(dataset, "--batch", 2))

@@ -17,9 +17,10 @@ from horoyolo.launch.environment import travelling_env, worker_env
 from horoyolo.launch.hosts import Host, local_hosts, parse_host_list
 from horoyolo.launch.job import Job
 from horoyolo.launch.run import new_status_dir
-from horoyolo.launch.start import chosen_ssh
+from horoyolo.launch.start import chosen_ssh, write_batch
 from horoyolo.launch.status import STATUS_DIR
 
+HANG_TIMEOUT_S = 15.0
 FILE_EVERY_S, PROGRAM_EVERY_S, SLURM_EVERY_S = 1.0, 2.0, 10.0  # Slurm's controller serves everybody
 
 
@@ -41,7 +42,17 @@ def is_elastic(parsed: argparse.Namespace) -> bool:
 
 def build_elastic(parsed: argparse.Namespace, env: Mapping[str, str]) -> Elastic:
     """What the flags say about an elastic job. Raises InputError for what can't be, an unreadable host list included."""
-    for flag, value in (("-np", parsed.num_proc), ("--launcher", parsed.launcher), ("--script", parsed.script), ("--stage", parsed.stage)):
+    check_flags(parsed)
+    if parsed.script:
+        raise InputError("--script: with --min-np it is a batch script for Slurm; give --slurm with it")
+    ask, every_s = _source(parsed, env)
+    hang_timeout_s = HANG_TIMEOUT_S if parsed.hang_timeout is None else parsed.hang_timeout
+    return Elastic(Limits(parsed.min_np, parsed.max_np), ask, every_s, by_srun=parsed.slurm, hang_timeout_s=hang_timeout_s)
+
+
+def check_flags(parsed: argparse.Namespace) -> None:
+    """Raises InputError for flags that an elastic job can't have."""
+    for flag, value in (("-np", parsed.num_proc), ("--launcher", parsed.launcher), ("--stage", parsed.stage)):
         if value is not None:
             raise InputError(f"{flag}: not with --min-np; its workers are started by horoyolo itself, as many as there are slots, --max-np at most")
     if parsed.transport != "gloo":
@@ -52,11 +63,8 @@ def build_elastic(parsed: argparse.Namespace, env: Mapping[str, str]) -> Elastic
         raise InputError(f"--max-np {parsed.max_np} is less than --min-np {parsed.min_np}")
     if parsed.slots_per_host is not None and parsed.slots_per_host < 1:
         raise InputError(f"--slots-per-host {parsed.slots_per_host}: at least 1 is wanted")
-    hang_timeout_s = 15.0 if parsed.hang_timeout is None else parsed.hang_timeout
-    if not hang_timeout_s >= 3:
-        raise InputError(f"--hang-timeout {hang_timeout_s:g}: seconds are wanted, at least 3: workers give a sign of life every second")
-    ask, every_s = _source(parsed, env)
-    return Elastic(Limits(parsed.min_np, parsed.max_np), ask, every_s, by_srun=parsed.slurm, hang_timeout_s=hang_timeout_s)
+    if parsed.hang_timeout is not None and not parsed.hang_timeout >= 3:
+        raise InputError(f"--hang-timeout {parsed.hang_timeout:g}: seconds are wanted, at least 3: workers give a sign of life every second")
 
 
 def _source(parsed: argparse.Namespace, env: Mapping[str, str]) -> tuple[Ask, float]:
@@ -91,7 +99,11 @@ def build_elastic_job(parsed: argparse.Namespace, words: Sequence[str], env: Map
 
 
 def launch_elastic(parsed: argparse.Namespace, words: Sequence[str]) -> int:
-    """Prints or runs the job and gives the exit status. Raises InputError."""
+    """Prints the job, writes a batch script for it, or runs it, and gives the exit status. Raises InputError."""
+    if parsed.slurm and parsed.script:
+        check_flags(parsed)
+        given = (("--min-np", parsed.min_np), ("--max-np", parsed.max_np), ("--hang-timeout", parsed.hang_timeout))
+        return write_batch(parsed, words, [text for flag, value in given if value is not None for text in (flag, f"{value:g}")])
     elastic = build_elastic(parsed, os.environ)
     job = build_elastic_job(parsed, words, os.environ)
     if parsed.dry_run:

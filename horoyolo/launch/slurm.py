@@ -20,6 +20,7 @@ WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@+-]*")
 TIME = re.compile(r"[0-9]+(:[0-9]{1,2}){0,2}|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}")
 ARRAY = re.compile(r"[0-9]+([-:,][0-9]+)*(%[0-9]+)?")
 PLAIN = re.compile(r"[^\s:,]+")
+ELASTIC = "elastic"
 IN_ALLOCATION = ("horovodrun", "mpirun")  # launchers that `horoyolo launch --slurm` runs on the first node
 SIGNAL_S = 180  # before the time limit, at most
 
@@ -112,17 +113,28 @@ def slurm_options(parsed: argparse.Namespace) -> SlurmOptions:
     return SlurmOptions(**{field.name: getattr(parsed, field.name) for field in fields(SlurmOptions) if hasattr(parsed, field.name)})
 
 
-def render_batch(train: Sequence[str], options: SlurmOptions, launcher: str, env: Mapping[str, str], folder: str, python: str = "python") -> str:
+def render_batch(
+    train: Sequence[str],
+    options: SlurmOptions,
+    launcher: str,
+    env: Mapping[str, str],
+    folder: str,
+    python: str = "python",
+    elastic: Sequence[str] = (),
+) -> str:
     """The text of a batch script for ``sbatch`` that runs ``horoyolo TRAIN...`` on all nodes, by srun, horovodrun or mpirun.
 
     ``train`` are the words of ``train`` itself, ``env`` the variables to set, ``folder`` where the job runs, the same on every node. The run
-    is named by ``--name`` or, without it, by the job's number; in an array also by the task's. Raises InputError when the launcher is not
-    known or does not go with the options.
+    is named by ``--name`` or, without it, by the job's number; in an array also by the task's. ``elastic`` are the words that make ``launch``
+    an elastic job, which starts its workers itself and outlives nodes; ``launcher`` is of no meaning then. Raises InputError when the launcher
+    is not known or does not go with the options.
     """
-    if launcher not in ("slurm", *IN_ALLOCATION):
+    if elastic:
+        launcher = ELASTIC
+    elif launcher not in ("slurm", *IN_ALLOCATION):
         raise InputError(f"unknown launcher {launcher!r} (--launcher) for a batch script: known are slurm, {', '.join(IN_ALLOCATION)}")
     if options.in_container and launcher != "slurm":
-        raise InputError(f"containers (--container-image, --apptainer) go with --launcher slurm: {launcher} would start workers outside of them")
+        raise InputError(f"containers (--container-image, --apptainer) go with --launcher slurm: {_by(launcher)} would start workers outside of them")
     if options.in_container and not PLAIN.fullmatch(folder):
         raise InputError(f"the folder {folder!r} can't be shown to a container: one without spaces, ',' and ':' is wanted")
     words, name = _without_name(train)
@@ -131,7 +143,7 @@ def render_batch(train: Sequence[str], options: SlurmOptions, launcher: str, env
         "#!/bin/bash",
         f"# {num_workers} worker{'s' * (num_workers > 1)} on {options.nodes} node{'s' * (options.nodes > 1)}, by {_by(launcher)}.",
         "# Written by `horoyolo launch --slurm --script`; submit it with sbatch.",
-        *_directives(options),
+        *_directives(options, outlives_nodes=bool(elastic)),
         "set -uo pipefail",
         "",
         f"cd {shlex.quote(folder)} || exit",
@@ -142,7 +154,7 @@ def render_batch(train: Sequence[str], options: SlurmOptions, launcher: str, env
         else f"run={options.job_name}-${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}}",
         "",
         *(f"export {key}={shlex.quote(value)}" for key, value in sorted(_variables(options, launcher, env).items())),
-        *(_by_srun(words, options, folder, python) if launcher == "slurm" else _by_launch(words, launcher, python)),
+        *(_by_srun(words, options, folder, python) if launcher == "slurm" else _by_launch(words, elastic or ["--launcher", launcher], python)),
         *REQUEUE,
     ]
     return "\n".join(lines)
@@ -188,10 +200,10 @@ REQUEUE = (
 
 
 def _by(launcher: str) -> str:
-    return "srun and PMIx" if launcher == "slurm" else f"{launcher} on the first node"
+    return {"slurm": "srun and PMIx", ELASTIC: "horoyolo itself, which goes on without those that die"}.get(launcher, f"{launcher} on the first node")
 
 
-def _directives(options: SlurmOptions) -> list[str]:
+def _directives(options: SlurmOptions, outlives_nodes: bool) -> list[str]:
     asked = {
         "job-name": options.job_name,
         "nodes": options.nodes,
@@ -207,6 +219,7 @@ def _directives(options: SlurmOptions) -> list[str]:
         *(f"#SBATCH --{name}={value}" for name, value in asked.items() if value),
         f"# This shell, and nothing else, gets USR1 {options.signal_s} s before the time limit; up to 60 s earlier, as Slurm finds time.",
         f"#SBATCH --signal=B:USR1@{options.signal_s}",
+        *(["# A node that dies does not end the job.", "#SBATCH --no-kill"] if outlives_nodes else []),
         "# One log for all starts of the job.",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
@@ -240,12 +253,12 @@ def _by_srun(words: Sequence[str], options: SlurmOptions, folder: str, python: s
     ]
 
 
-def _by_launch(words: Sequence[str], launcher: str, python: str) -> list[str]:
+def _by_launch(words: Sequence[str], flags: Sequence[str], python: str) -> list[str]:
     return [
         "",
         *_traps('kill -TERM "$launcher"  # it has the workers stop'),
         "",
-        f"{shlex.join([python, '-m', 'horoyolo', 'launch', '--slurm', '--launcher', launcher, '--', *words])} {RUN} &",
+        f"{shlex.join([python, '-m', 'horoyolo', 'launch', '--slurm', *flags, '--', *words])} {RUN} &",
         *WAIT,
     ]
 

@@ -94,11 +94,14 @@ def launch(parsed: argparse.Namespace, words: Sequence[str], hosts: Sequence[Hos
     return run_job(job, hosts, launcher, options)
 
 
-def write_batch(parsed: argparse.Namespace, words: Sequence[str]) -> int:
-    """Writes a batch script for Slurm; the hosts are those that its allocation will have. Raises InputError for what Slurm would not take."""
+def write_batch(parsed: argparse.Namespace, words: Sequence[str], elastic: Sequence[str] = ()) -> int:
+    """Writes a batch script for Slurm; the hosts are those that its allocation will have. Raises InputError for what Slurm would not take.
+
+    ``elastic`` are the flags of ``launch`` for an elastic job.
+    """
     options = slurm_options(parsed)
     env = {**travelling_env(os.environ, parsed.variables), **worker_env(options.workers_per_node, None, os.environ)}
-    return write_script(parsed.script, render_batch(words, options, chosen_launcher(parsed), env, str(Path.cwd()), sys.executable))
+    return write_script(parsed.script, render_batch(words, options, chosen_launcher(parsed), env, str(Path.cwd()), sys.executable, elastic))
 
 
 def chosen_launcher(parsed: argparse.Namespace) -> str:

@@ -15,7 +15,7 @@ LAUNCH = """
 import json, os, sys
 from pathlib import Path
 from horoyolo.elastic.coordinator import Elastic, run_elastic
-from horoyolo.elastic.discovery import ask_hostfile
+from horoyolo.elastic.discovery import ask_hostfile, ask_slurm
 from horoyolo.elastic.membership import Limits
 from horoyolo.launch.job import Job
 from horoyolo.launch.run import new_status_dir
@@ -23,7 +23,9 @@ from horoyolo.launch.status import STATUS_DIR
 argv, env, hostfile, min_np, max_np, hang_timeout_s = json.loads(sys.argv[1])
 folder = new_status_dir()
 Path(hostfile).with_name("folder").write_text(str(folder))
-elastic = Elastic(Limits(min_np, max_np), ask_hostfile(hostfile, None), 0.2, hang_timeout_s=hang_timeout_s)
+by_srun = not Path(hostfile).exists()
+ask = ask_slurm(os.environ) if by_srun else ask_hostfile(hostfile, None)
+elastic = Elastic(Limits(min_np, max_np), ask, 0.2, by_srun, hang_timeout_s)
 sys.exit(run_elastic(Job(min_np, argv, {**env, STATUS_DIR: str(folder)}, cwd=os.getcwd()), elastic))
 """
 

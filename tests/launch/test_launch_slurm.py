@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,6 +44,14 @@ def test_whole_scripts(case, equals_file):
     train, options, launcher = CASES[case]
     folder = "/home/ann/blood" if options.in_container else "/home/ann/it's $HERE"
     equals_file(render_batch(train, options, launcher, ENV, folder, "/opt/horoyolo/bin/python"), f"sbatch-{case}.txt")
+
+
+def test_an_elastic_job_outlives_nodes():
+    text = render_batch(TRAIN, SlurmOptions(nodes=4, tasks_per_node=2), "slurm", {}, "/a", "python", ["--min-np", "3"])
+    assert "#SBATCH --no-kill\n" in text
+    assert f'python -m horoyolo launch --slurm --min-np 3 -- {shlex.join(TRAIN[:-2])} --name "$run" --resume auto &\n' in text
+    with pytest.raises(InputError, match="containers"):
+        render_batch(TRAIN, SlurmOptions(apptainer="a.sif"), "slurm", {}, "/a", "python", ["--min-np", "3"])
 
 
 def test_srun_inside_an_allocation():

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from horoyolo.cli import main
+from horoyolo.data.synthetic import write_synthetic
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory) -> list[str]:
+    """The words of a small training."""
+    folder = tmp_path_factory.mktemp("synthetic") / "data"
+    write_synthetic(folder, 8, seed=0)
+    return ["train", "--data", str(folder / "data.yaml"), "--cfg", "yolov5n", "--img", "64", "--batch", "4"]
+
+
+@pytest.fixture
+def hosts(tmp_path) -> Path:
+    """A hostfile of this machine and one that no packet reaches."""
+    path = tmp_path / "hosts"
+    path.write_text("localhost slots=2\n192.0.2.1 slots=1\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--max-np", "3"], "give --min-np"),
+        (["--slots-per-host", "3"], "give --min-np"),
+        (["--kubernetes"], "give --min-np"),
+        (["--min-np", "0"], "at least 1"),
+        (["--min-np", "3", "--max-np", "2"], "less than --min-np 3"),
+        (["--min-np", "5"], "batch = 4 over 5 workers"),
+        (["--min-np", "1", "--hang-timeout", "nan"], "at least 3"),
+        (["--min-np", "1", "-np", "2"], "-np"),
+        (["--min-np", "1", "--launcher", "mpirun"], "--launcher"),
+        (["--min-np", "1", "--transport", "mpi"], "gloo"),
+        (["--min-np", "1", "--script", "x"], "--slurm"),
+        (["--min-np", "1", "--hostfile", "no/such/file"], "no/such/file"),
+        (["--min-np", "1", "--discovery-script", "no/such/file"], "HOST:SLOTS"),
+        (["--min-np", "1", "--hosts", "a:x"], "--hosts, entry 1"),
+    ],
+)
+def test_bad_flags_are_told_in_one_line(flags, says, train, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", *flags, "--", *train]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_dry_run_says_what_each_host_would_run(train, hosts, capsys, monkeypatch):
+    monkeypatch.setenv("HOROVOD_LOG_LEVEL", "info")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    assert main(["launch", "--min-np", "1", "--hostfile", str(hosts), "--dry-run", "--", *train]) == 0
+    here, there, env, job = capsys.readouterr().out.splitlines()
+    assert shlex.split(here, comments=True)[-3:-1] == ["-m", "horoyolo.elastic.agent"]
+    assert shlex.split(there)[0] == "ssh"
+    assert "192.0.2.1: 1 workers" in there
+    told = shlex.split(env.removesuffix("\\"))
+    assert {"HOROVOD_CONTROLLER=gloo", "HOROVOD_LOG_LEVEL=info", "HOROVOD_GLOO_TIMEOUT_SECONDS=120"} <= set(told)
+    assert not any("AWS" in word or word.startswith("OMP_NUM") for word in told)
+    assert shlex.split(job) == [sys.executable, "-m", "horoyolo", *train, "--elastic"]
