@@ -293,8 +293,7 @@ _AT_LEAST: dict[str, float] = {
     "recipe.class_weights": 0,
     "recipe.patience": 0,
 }
-_PROBABILITIES = ("flipud", "fliplr", "mosaic", "mixup")
-_NOT_YET = {"copy_paste": "it needs outlines of the objects"}
+_PROBABILITIES = ("flipud", "fliplr", "mosaic", "mixup", "copy_paste")
 
 
 def validate(config: Config) -> None:
@@ -328,6 +327,3 @@ def validate(config: Config) -> None:
     for name in _PROBABILITIES:
         if not 0 <= getattr(config.hyp, name) <= 1:
             raise InputError(f"hyp.{name} = {getattr(config.hyp, name)}; a probability from 0 to 1 is wanted")
-    for name, why in _NOT_YET.items():
-        if getattr(config.hyp, name):
-            raise InputError(f"hyp.{name} = {getattr(config.hyp, name)}: not supported yet ({why}); 0 turns it off")

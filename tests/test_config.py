@@ -111,7 +111,7 @@ def test_unreadable_yaml(tmp_path: Path, content: str | None, words: str) -> Non
         ("batch", 0, "at least 1"),
         ("hyp.mosaic", 1.5, "a probability"),
         ("hyp.lr0", float("nan"), "at least 0"),
-        ("hyp.copy_paste", 0.1, "not supported yet"),
+        ("hyp.copy_paste", 1.5, "a probability"),
         ("precision", "fp8", "fp32"),
         ("recipe.activation", "selu", "did you mean 'silu'"),
         ("recipe.box_loss", "iou", "ciou"),

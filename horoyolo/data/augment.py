@@ -25,6 +25,7 @@ class Tile(NamedTuple):
     hw: tuple[int, int]
     boxes: np.ndarray  # (n, 5)
     load: Callable[[], Image | None]  # an image of size hw; none if the file can't be read: then it is grey and has no boxes
+    outlines: Sequence[np.ndarray] = ()  # of each box (k, 2), x and y in pixels, empty where there is none; or of no box at all
 
 
 class Geometry(NamedTuple):
@@ -66,7 +67,9 @@ def scaled_hw(hw: tuple[int, int], gain: float) -> tuple[int, int]:
     return max(round(hw[0] * gain), 1), max(round(hw[1] * gain), 1)
 
 
-def mosaic(tiles: Sequence[Tile], size: int, rng: np.random.Generator, geometry: Geometry, zoom: float = 1.0) -> Labelled:
+def mosaic(
+    tiles: Sequence[Tile], size: int, rng: np.random.Generator, geometry: Geometry, zoom: float = 1.0, copy_paste: float = 0.0
+) -> Labelled:
     """Four images around a random point of a canvas of twice ``size``, of which a random transformation shows the middle.
 
     The canvas is never drawn: each tile is warped straight to where it is seen in the output, (size, size) times ``zoom``, and a tile that
@@ -75,7 +78,7 @@ def mosaic(tiles: Sequence[Tile], size: int, rng: np.random.Generator, geometry:
     centre_x, centre_y = (int(value) for value in rng.integers(size // 2, size * 3 // 2, size=2, endpoint=True))
     corners = [(centre_x - (i % 2 == 0) * tile.hw[1], centre_y - (i < 2) * tile.hw[0]) for i, tile in enumerate(tiles)]
     out = round(size * zoom)
-    return warp_canvas(list(zip(tiles, corners, strict=True)), (2 * size, 2 * size), (out, out), rng, geometry, zoom)
+    return warp_canvas(list(zip(tiles, corners, strict=True)), (2 * size, 2 * size), (out, out), rng, geometry, zoom, copy_paste)
 
 
 def random_perspective(image: Image, boxes: np.ndarray, rng: np.random.Generator, geometry: Geometry) -> Labelled:
@@ -91,15 +94,18 @@ def warp_canvas(
     rng: np.random.Generator,
     geometry: Geometry,
     zoom: float = 1.0,
+    copy_paste: float = 0.0,
 ) -> Labelled:
     """Tiles at their top left corners (x, y) on a grey canvas (height, width), seen through one random transformation.
 
     The middle of the canvas goes to the middle of the output, (*hw, 3), give or take the translation, ``zoom`` times as large. Boxes are clipped
-    to what is seen and kept where enough of them is left.
+    to what is seen and kept where enough of them is left. ``copy_paste`` is the part of the objects with an outline that come a second time, see
+    `choose_pastes`.
     """
     matrix, gain = random_matrix(canvas, hw, rng, geometry, zoom)
     out = cv2.cvtColor(_grey(hw), cv2.COLOR_RGB2RGBA)  # warping four channels is 2.5 times as fast as three
     boxes = [np.zeros((0, 5), np.float32)]
+    outlined: list[tuple[np.ndarray, np.ndarray, Image, tuple[int, int]]] = []  # box and outline on the canvas, the tile's pixels and corner there
     for tile, (x, y) in placed:
         x0, y0, x1, y1 = max(-x, 0), max(-y, 0), min(canvas[1] - x, tile.hw[1]), min(canvas[0] - y, tile.hw[0])  # the part on the canvas
         to_out = matrix @ _shift(x + x0, y + y0)
@@ -111,8 +117,21 @@ def warp_canvas(
             continue
         _draw(out, image[y0:y1, x0:x1], to_out, seen)
         boxes.append(tile.boxes + np.array([0, x, y, x, y], np.float32))
+        if copy_paste:
+            shown = (image[y0:y1, x0:x1], (x + x0, y + y0))
+            moved = (outline + np.array((x, y), np.float32) for outline in tile.outlines)
+            outlined += [(box, outline, *shown) for box, outline in zip(boxes[-1], moved, strict=False) if len(outline)]
     on_canvas = np.concatenate(boxes)
     on_canvas[:, 1:] = on_canvas[:, 1:].clip(0, canvas[::-1] * 2)
+    if outlined:
+        mirror = np.array([[-1, 0, canvas[1]], [0, 1, 0], [0, 0, 1]], float)
+        sources = np.array([box for box, *_ in outlined]).reshape(-1, 5)
+        sources[:, 1:] = sources[:, 1:].clip(0, canvas[::-1] * 2)
+        chosen, pasted = choose_pastes(sources, on_canvas, canvas[1], rng, copy_paste)
+        for i in chosen:
+            _, outline, pixels, (x, y) = outlined[i]
+            _paste(out, pixels, matrix @ mirror @ _shift(x, y), outline.clip(0, canvas[::-1]) - (x, y))
+        on_canvas = np.concatenate([on_canvas, pasted])
     return cv2.cvtColor(out, cv2.COLOR_RGBA2RGB), warp_boxes(on_canvas, matrix, gain, hw)
 
 
@@ -141,6 +160,27 @@ def warp_boxes(boxes: np.ndarray, matrix: np.ndarray, gain: float, hw: tuple[int
     warped = np.concatenate([points.min(axis=1), points.max(axis=1)], axis=1).clip(0, hw[::-1] * 2)  # (n, 4)
     keep = box_candidates(boxes[:, 1:] * gain, warped)
     return np.concatenate([boxes[:, :1], warped], axis=1).astype(np.float32)[keep]
+
+
+def choose_pastes(
+    sources: np.ndarray, boxes: np.ndarray, width: int, rng: np.random.Generator, part: float
+) -> tuple[list[int], np.ndarray]:
+    """Which objects come a second time, mirrored on the canvas' middle line, and their new boxes (k, 5).
+
+    ``sources`` (n, 5) are the objects that have an outline, ``boxes`` (m, 5) all objects. A random ``part`` of the sources is tried; one that would
+    cover 30 % or more of an object, or of an earlier paste, is left out. Copy-paste is Ghiasi et al., arXiv 2012.07177; mirroring within the
+    mosaic is YOLOv5's.
+    """
+    chosen, present = [], boxes
+    for i in rng.permutation(len(sources))[: round(part * len(sources))]:
+        box = sources[i].copy()
+        box[[1, 3]] = width - box[[3, 1]]
+        overlap = (np.minimum(present[:, 3:], box[3:]) - np.maximum(present[:, 1:3], box[1:3])).clip(0).prod(1)
+        area = (present[:, 3:] - present[:, 1:3]).prod(1)
+        if (overlap < 0.3 * np.maximum(area, 1e-6)).all():
+            chosen.append(int(i))
+            present = np.concatenate([present, box[None]])
+    return chosen, present[len(boxes) :]
 
 
 def box_candidates(before_xyxy: np.ndarray, after_xyxy: np.ndarray) -> np.ndarray:
@@ -224,6 +264,19 @@ def _draw(out: np.ndarray, image: Image, matrix: np.ndarray, seen: tuple[int, in
         cv2.warpPerspective(source, matrix, hw, dst=target, borderMode=cv2.BORDER_TRANSPARENT)
     else:
         cv2.warpAffine(source, matrix[:2], hw, dst=target, borderMode=cv2.BORDER_TRANSPARENT)
+
+
+def _paste(out: np.ndarray, image: Image, matrix: np.ndarray, outline: np.ndarray) -> None:
+    """Warp what an outline (k, 2) of an image (h, w, 3) encloses into the output (H, W, 4), in place."""
+    seen = _seen_rectangle(matrix, image.shape[:2], out.shape[:2])
+    if seen is None:
+        return
+    layer = out.copy()
+    _draw(layer, image, matrix, seen)
+    points = np.concatenate([outline, np.ones_like(outline[:, :1])], axis=1) @ matrix.T
+    mask = np.zeros(out.shape[:2], np.uint8)
+    cv2.fillPoly(mask, [np.round(points[:, :2] / points[:, 2:] - 0.5).astype(np.int32)], 1)
+    np.copyto(out, layer, where=mask[..., None] > 0)
 
 
 def _needed(to_image: np.ndarray, seen_hw: tuple[int, int], hw: tuple[int, int]) -> tuple[int, int, int, int]:

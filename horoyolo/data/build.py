@@ -35,6 +35,8 @@ def build_train_data(config: Config, split: Split) -> TrainDataset:
     hyper = replace(config.hyp, mosaic=0.0, mixup=0.0) if config.input.rect else config.hyp  # a mosaic is a square
     mosaic_until = config.epochs - config.input.close_mosaic if config.input.close_mosaic else math.inf
     pipeline = load_pipeline(config.input.albumentations) if config.input.albumentations else None
+    if hyper.copy_paste and not split.outlines:
+        log.warning("hyp.copy_paste = %g does nothing: it copies objects along their outlines, and no label here has one", hyper.copy_paste)
     dataset = TrainDataset(split, config.img, hyper, config.seed, mosaic_until, pipeline)
     dataset.cache = _cache(config, split, np.array([dataset.tile_hw(i) for i in range(len(split))]), f"train {config.img}")
     return dataset

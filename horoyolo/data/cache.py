@@ -16,7 +16,7 @@ import numpy as np
 
 from horoyolo.files import atomic_file
 
-FORMAT = "horoyolo label scan 2"  # change it with what a scan finds or how it is stored
+FORMAT = "horoyolo label scan 3"  # change it with what a scan finds or how it is stored
 
 
 def folders(root: Path) -> list[Path]:

@@ -103,7 +103,8 @@ class TrainDataset:
 
     def _mosaic(self, index: int, hw: tuple[int, int], rng: np.random.Generator, failed: list[str]) -> Labelled:
         indices = rng.permutation([index, *rng.integers(len(self), size=3)])
-        return mosaic([self._tile(int(i), failed) for i in indices], self.img, rng, self._geometry, max(hw) / self.img)
+        tiles = [self._tile(int(i), failed) for i in indices]
+        return mosaic(tiles, self.img, rng, self._geometry, max(hw) / self.img, self.hyper.copy_paste)
 
     def _single(self, index: int, hw: tuple[int, int], rng: np.random.Generator, failed: list[str]) -> Labelled:
         """One image, its long side at the output's."""
@@ -116,7 +117,9 @@ class TrainDataset:
     def _tile(self, index: int, failed: list[str]) -> Tile:
         """The image with its long side at the training size."""
         hw = self.tile_hw(index)
-        return Tile(hw, _to_pixels(self.split.labels[index], hw), partial(self._load, index, failed))
+        outlines = self.split.outlines[index] if self.hyper.copy_paste and self.split.outlines else []
+        in_pixels = [outline * np.array(hw[::-1], np.float32) for outline in outlines]
+        return Tile(hw, _to_pixels(self.split.labels[index], hw), partial(self._load, index, failed), in_pixels)
 
     def tile_hw(self, index: int) -> tuple[int, int]:
         """Height and width at which an image is taken up: its long side at the training size."""

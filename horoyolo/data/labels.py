@@ -54,6 +54,13 @@ def parse_labels(text: str) -> tuple[np.ndarray, np.ndarray, list[LineProblem]]:
     return np.array(labels, np.float32).reshape(-1, 5), np.array(lines, np.int64), problems
 
 
+def parse_outlines(text: str, lines: np.ndarray) -> list[np.ndarray]:
+    """The outline (k, 2) of the label on each of these lines (from 1), normalised x and y; (0, 2) for one that is a box."""
+    rows = text.splitlines()
+    found = [np.array(rows[line - 1].split()[1:], np.float32).reshape(-1, 2).clip(0, 1) for line in lines]
+    return [outline if len(outline) > 2 else outline[:0] for outline in found]
+
+
 def _parse_line(line: str) -> tuple[float, ...] | LineProblem:
     try:
         class_id, *coordinates = (float(field) for field in line.split())

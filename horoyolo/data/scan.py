@@ -7,7 +7,6 @@ import hashlib
 import math
 import multiprocessing
 import os
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from horoyolo.config import InputError
 from horoyolo.data import cache
 from horoyolo.data.coco import CocoImage
 from horoyolo.data.decode import DecodeError, image_hw
-from horoyolo.data.labels import label_path, parse_labels
+from horoyolo.data.labels import label_path, parse_labels, parse_outlines
 from horoyolo.data.spec import DataSpec
 
 MANY = 8192  # images for which it pays to start processes
@@ -75,6 +74,7 @@ class Split:
     names: dict[int, str]
     report: ScanReport
     relative_paths: list[str]
+    outlines: list[list[np.ndarray]] = field(default_factory=list)  # n of m of (k, 2), normalised x and y, k = 0 for a box; or none of any
 
     def __len__(self) -> int:
         return len(self.image_paths)
@@ -86,6 +86,8 @@ class Split:
         for name, shape, labels in zip(self.relative_paths, self.shapes_hw, self.labels, strict=True):
             digest.update(f"{name}\0{shape[0]} {shape[1]} {len(labels)}\0".encode())
             digest.update(labels.astype("<f4").tobytes())
+        for outline in (outline for image in self.outlines for outline in image):
+            digest.update(outline.astype("<f4").tobytes())
         return digest.hexdigest()
 
 
@@ -96,6 +98,7 @@ class _Scanned:
     hw: tuple[int, int]
     labels: np.ndarray  # (m, 5)
     findings: list[tuple[str, str]]  # field of ScanReport, name
+    outlines: list[np.ndarray] = field(default_factory=list)  # m of (k, 2), or none
 
 
 def scan_split(spec: DataSpec, split: str, strict: bool = True) -> Split:
@@ -117,7 +120,7 @@ def scan_split(spec: DataSpec, split: str, strict: bool = True) -> Split:
             if found is None:
                 found = _gather(split, _scan_all(spec, [(file, annotated[file][0] if file in annotated else None) for file in files]))
                 cache.save(folders, split, key, _to_arrays(*found))
-    kept, shapes_hw, labels, report = found
+    kept, shapes_hw, labels, outlines, report = found
     if strict:
         if not len(kept):
             raise InputError(f"no images found for `{split}` of {spec.file} that can be read: all {len(files)} are corrupt, {names[0]} first")
@@ -127,7 +130,8 @@ def scan_split(spec: DataSpec, split: str, strict: bool = True) -> Split:
             raise InputError(f"{first} is beyond the classes of {spec.file}, which are {known}; data check lists all such lines")
         if not report.boxes:
             raise InputError(f"no labels at all for `{split}` of {spec.file}: the first were looked for in {sources[kept[0]]}")
-    return Split(split, spec.root, [files[i] for i in kept], shapes_hw, labels, spec.names, report, [names[i] for i in kept])
+    relative = [names[i] for i in kept]
+    return Split(split, spec.root, [files[i] for i in kept], shapes_hw, labels, spec.names, report, relative, outlines)
 
 
 def shorten(names: list[str]) -> str:
@@ -172,7 +176,8 @@ def _scan_image(spec: DataSpec, source: tuple[Path, CocoImage | None]) -> _Scann
         findings.append(("unknown_class", f"{spec.relative(file)}:{line} (class {label[0]:g})"))
     if not text.strip():
         findings.append(("empty_labels", spec.relative(image)))
-    return _Scanned(hw, labels[known], findings)
+    outlines = parse_outlines(text, lines[known])
+    return _Scanned(hw, labels[known], findings, outlines if any(map(len, outlines)) else [])
 
 
 def _scan_annotated(spec: DataSpec, image: Path, hw: tuple[int, int], annotated: CocoImage) -> _Scanned:
@@ -197,7 +202,8 @@ def _scan_annotated(spec: DataSpec, image: Path, hw: tuple[int, int], annotated:
     return _Scanned(hw, np.array(labels, np.float32).reshape(-1, 5), findings)
 
 
-_Found = tuple[np.ndarray, np.ndarray, list[np.ndarray], ScanReport]  # kept (n,), shapes_hw (n, 2), labels, report
+# kept (n,), shapes_hw (n, 2), labels, outlines, report
+_Found = tuple[np.ndarray, np.ndarray, list[np.ndarray], list[list[np.ndarray]], ScanReport]
 
 
 def _gather(split: str, scanned: list[_Scanned]) -> _Found:
@@ -209,16 +215,21 @@ def _gather(split: str, scanned: list[_Scanned]) -> _Found:
     labels = [scanned[i].labels for i in kept]
     report.images = len(kept)
     report.boxes = sum(map(len, labels))
-    return kept, shapes_hw, labels, report
+    outlines = [scanned[i].outlines or [np.zeros((0, 2), np.float32)] * len(scanned[i].labels) for i in kept]
+    return kept, shapes_hw, labels, outlines if any(scanned[i].outlines for i in kept) else [], report
 
 
-def _to_arrays(kept: np.ndarray, shapes_hw: np.ndarray, labels: Iterable[np.ndarray], report: ScanReport) -> dict[str, np.ndarray]:
-    labels = list(labels)
+def _to_arrays(
+    kept: np.ndarray, shapes_hw: np.ndarray, labels: list[np.ndarray], outlines: list[list[np.ndarray]], report: ScanReport
+) -> dict[str, np.ndarray]:
+    flat = [outline for image in outlines for outline in image]
     return {
         "kept": kept,
         "shapes_hw": shapes_hw,
         "counts": np.array([len(boxes) for boxes in labels], np.int64),
         "labels": np.concatenate([np.zeros((0, 5), np.float32), *labels]),
+        "points": np.array([len(outline) for outline in flat], np.int64),
+        "outlines": np.concatenate([np.zeros((0, 2), np.float32), *flat]),
         "report": cache.json_array(dataclasses.asdict(report)),
     }
 
@@ -227,5 +238,13 @@ def _load(arrays: dict[str, np.ndarray] | None) -> _Found | None:
     """A cached scan."""
     if arrays is None:
         return None
-    labels = np.split(arrays["labels"], np.cumsum(arrays["counts"])[:-1]) if len(arrays["counts"]) else []
-    return arrays["kept"], arrays["shapes_hw"], labels, ScanReport(**cache.parse_json(arrays["report"]))
+    labels = _split(arrays["labels"], arrays["counts"])
+    outlines = _split(arrays["outlines"], arrays["points"])
+    ends = np.cumsum(arrays["counts"])
+    by_image = [outlines[end - count : end] for count, end in zip(arrays["counts"], ends, strict=True)] if outlines else []
+    return arrays["kept"], arrays["shapes_hw"], labels, by_image, ScanReport(**cache.parse_json(arrays["report"]))
+
+
+def _split(rows: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """Rows in parts of these lengths."""
+    return np.split(rows, np.cumsum(counts)[:-1]) if len(counts) else []

@@ -85,7 +85,7 @@ def _split_hash(split: Split) -> str:
 
 def _renamed(split: Split, names: Sequence[str]) -> Split:
     """The same split, its images known by other names in the same order."""
-    return Split(split.name, split.root, split.image_paths, split.shapes_hw, split.labels, split.names, split.report, list(names))
+    return Split(split.name, split.root, split.image_paths, split.shapes_hw, split.labels, split.names, split.report, list(names), split.outlines)
 
 
 def _data_yaml(spec: DataSpec, splits: Sequence[str]) -> str:

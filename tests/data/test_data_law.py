@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no augmentation": {"hyp.mosaic": 0, "hyp.scale": 0, "hyp.translate": 0, "hyp.fliplr": 0, "hyp.hsv_h": 0, "hyp.hsv_s": 0, "hyp.hsv_v": 0},
     "geometry": {"hyp.degrees": 10, "hyp.shear": 5, "hyp.perspective": 0.0005, "hyp.flipud": 0.5},
     "mixup": {"hyp.mixup": 0.5},
+    "copy-paste": {"hyp.copy_paste": 1.0},
     "rect": {"input.rect": True},
     "multi-scale": {"input.multi_scale": True},
     "multi-scale rect": {"input.multi_scale": True, "input.rect": True},
@@ -59,10 +60,14 @@ class Place:
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
-    """17 images of two shapes: global batches of 8, 8 and 1, the last of which leaves most workers without any."""
+    """17 images of two shapes: global batches of 8, 8 and 1, the last of which leaves most workers without any. The wide ones have outlines."""
     folder = tmp_path_factory.mktemp("scenes")
     write_synthetic(folder / "wide", 12, hw=(96, 128))
     write_synthetic(folder / "tall", 9, seed=1, hw=(128, 96))
+    for file in (folder / "wide" / "labels" / "train").iterdir():
+        rows = [[float(word) for word in line.split()] for line in file.read_text().splitlines()]
+        corners = [(x - w / 2, y, x, y - h / 2, x + w / 2, y, x, y + h / 2) for _, x, y, w, h in rows]
+        file.write_text("".join(f"{row[0]:g} {' '.join(map(str, corner))}\n" for row, corner in zip(rows, corners, strict=True)))
     (folder / "data.yaml").write_text("train: [wide/images/train, tall/images/train]\nnames: [circle, square, triangle]\n")
     return scan_split(load_data_spec(folder / "data.yaml"), "train")
 
