@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -167,6 +170,15 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
     other_rank.write_bytes(b"half")
     save(tmp_path, 3)
     assert [path.name for path in tmp_path.glob(".*")] == [other_rank.name]
+
+
+def test_whoever_is_killed_while_writing_goes_on_from_a_whole_checkpoint() -> None:
+    """A few of the kills of scripts/kill_while_writing.py, which makes a hundred."""
+    script = Path(__file__).parents[2] / "scripts" / "kill_while_writing.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script, "--kills", "6"], env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 of 6 runs resumed" in done.stdout
 
 
 def test_a_file_whose_writer_was_killed_before_the_manifest_counts(tmp_path: Path) -> None:
