@@ -192,8 +192,14 @@ def _train(parsed: argparse.Namespace) -> int:
     config = train_config(parsed)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_here(os.environ, len(os.sched_getaffinity(0)))))  # read when torch is imported
     from horoyolo.engine.start import start_training
+    from horoyolo.engine.state import TrainingError
 
-    return DONE if start_training(config, on_ready=announce_worker) else STOPPED
+    try:
+        return DONE if start_training(config, on_ready=announce_worker) else STOPPED
+    except TrainingError as error:
+        if _is_first_worker():
+            print(f"horoyolo: error: {error}", file=sys.stderr)
+        return FAILED
 
 
 def _describe_val(parser: _Parser) -> None:

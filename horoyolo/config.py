@@ -131,7 +131,9 @@ class Config:
     precision: str = "auto"  # fp32, bf16, fp16; auto: bf16 where the device gains, else fp32
     resume: str = ""  # auto, a run folder or a checkpoint
     evaluate_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest; that of the best epoch stays besides
+    checkpoint_minutes: float = 10.0  # between checkpoints within an epoch; 0: at its end alone
+    max_bad_share: float = 0.1  # of the images: a run does not start, or ends, where more can't be read or have corrupt labels
     hyp: Hyper = field(default_factory=Hyper)
     input: Input = field(default_factory=Input)
     optim: Optim = field(default_factory=Optim)
@@ -276,6 +278,7 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "evaluate_every": 1,
     "keep_checkpoints": 1,
+    "checkpoint_minutes": 0,
     "input.close_mosaic": 0,
     "optim.nominal_batch": 0,
     "optim.clip_norm": 0,

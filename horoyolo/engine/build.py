@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,13 +29,16 @@ from horoyolo.distributed.exchange import Exchange
 from horoyolo.distributed.syncbn import convert_sync_bn
 from horoyolo.engine.background import Background
 from horoyolo.engine.checkpoint import serialised, write_checkpoint, write_rank_state
+from horoyolo.engine.commit import Commits
 from horoyolo.engine.device import Numerics
 from horoyolo.engine.evaluate import evaluate
+from horoyolo.engine.ledger import Ledger
 from horoyolo.engine.loss_scale import LossScale
 from horoyolo.engine.recipe import class_counts, imbalance_notes
 from horoyolo.engine.runs import Run
 from horoyolo.engine.schedule import Schedule
 from horoyolo.engine.state import Progress, Standing, TrainState
+from horoyolo.engine.unreadable import Unreadable
 from horoyolo.files import atomic_file
 from horoyolo.model.ema import EMA
 from horoyolo.model.loss import DetectionLoss, class_weights_from, scale_gains
@@ -68,7 +72,12 @@ class Training:
     state: TrainState
     standing: Standing
     data_hash: str  # of images, sizes and labels
+    ledger: Ledger
+    unreadable: Unreadable
     background: Background = field(default_factory=Background)
+    commits: Commits = field(default_factory=Commits)
+    saved_s: float = field(default_factory=time.monotonic)  # when the newest checkpoint was begun, or the run
+    first_bad: str = ""  # the tensor that made this worker's newest update be left out
     begun: bool = False  # whether workers have met: before, the state is that of a newcomer
     run: Run = field(init=False)  # known from then on
 
@@ -124,6 +133,12 @@ class Training:
                 write_checkpoint(folder, whole, step, keep, notes)
 
         self.background.start(f"checkpoint of step {step}", write)
+        self.saved_s = time.monotonic()
+
+    def checkpoint_is_due(self) -> bool:
+        """Whether it is time for a checkpoint within an epoch; by the clock of rank 0, which the others follow."""
+        every_s = 60 * self.config.checkpoint_minutes
+        return self.comm.rank() == 0 and 0 < every_s <= time.monotonic() - self.saved_s and not self.background.busy
 
     def rank_state(self) -> dict[str, Any]:
         """What is this worker's own: what its compressor has not sent yet, and the statistics of its BatchNorm layers."""
@@ -196,7 +211,10 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, model: YOLO, 
     ema = EMA(model, config.optim.ema_decay, config.optim.ema_tau)
     progress = Progress()
     state = TrainState(model=model, ema=ema, optimizer=optimizer, loss_scale=loss_scale, sampler=sampler, progress=progress)
+    ledger, unreadable = Ledger(), Unreadable()
     state.add("compressor", CompressorState(describe_compression(config.comms), compressor))
+    state.add("ledger", ledger)
+    state.add("unreadable", unreadable)
 
     num_workers = choose_num_workers(config.workers, num_local)
     pin_memory = numerics.device.type == "cuda"
@@ -222,6 +240,8 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, model: YOLO, 
         progress=progress,
         state=state,
         standing=Standing(state, model),
+        ledger=ledger,
+        unreadable=unreadable,
         data_hash=train_split.content_hash + val_split.content_hash,
     )
 

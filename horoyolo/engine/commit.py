@@ -71,18 +71,27 @@ class Commits:
         spare = self._copies.pop(0)[1] if len(self._copies) == NUM_COPIES else None
         self._copies.append((update, copied(state, spare)))
 
-    def latest(self) -> tuple[int, dict[str, Any]] | None:
-        """(update, state) as it was last saved; None where nothing was. The caller may keep and change what he gets."""
+    def latest(self, below: int | None = None) -> tuple[int, dict[str, Any]] | None:
+        """(update, state) as it was last saved, or last before update ``below``; None where nothing was. The caller may keep and change it."""
         if self._folder is None:
-            return (self._copies[-1][0], copied(self._copies[-1][1])) if self._copies else None
+            found = [(update, state) for update, state in self._copies if below is None or update < below]
+            return (found[-1][0], copied(found[-1][1])) if found else None
         for path in reversed(self._files()):
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True)
             except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
                 log.error("%s: unreadable (%s); the copy before it is taken", path.name, str(error).splitlines()[0])
                 continue
-            return content["update"], content["state"]
+            if below is None or content["update"] < below:
+                return content["update"], content["state"]
         return None
+
+    def clear(self) -> None:
+        """Forgets all copies; the next one offered is taken."""
+        self._copies.clear()
+        self._due_s = 0.0
+        for path in self._files() if self._folder is not None else ():
+            path.unlink(missing_ok=True)
 
     def _write(self, state: dict[str, Any], update: int) -> None:
         assert self._folder is not None

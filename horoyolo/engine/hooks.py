@@ -65,6 +65,9 @@ class Hook:
     def after_step(self, record: StepRecord, batch: Any) -> None:
         """Called after each global batch; ``batch`` is this worker's share."""
 
+    def after_return(self) -> None:
+        """Called when the run has gone back to an earlier state, to go on from there."""
+
     def after_epoch(self, record: EpochRecord) -> None:
         """Called after each epoch, once it was evaluated."""
 

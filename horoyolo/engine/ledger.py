@@ -5,59 +5,86 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from horoyolo.engine.build import Training
 from horoyolo.engine.hooks import Hook, StepRecord
 from horoyolo.report.ledger import FILE, HEADER, Update, lines_from
 
+if TYPE_CHECKING:
+    from horoyolo.engine.build import Training
+
 log = logging.getLogger("horoyolo")
 
-REMEMBERED = 1024  # updates that every worker knows, which rank 0 may have died without writing
+REMEMBERED = 256  # updates that every worker knows, which rank 0 may have died without writing
 TAIL_BYTES = 128 * REMEMBERED
 
 
-class KeepLedger(Hook):
-    """Every worker takes note of updates, rank 0 writes them. A worker that becomes rank 0 adds what the one before it had not written."""
+class Ledger:
+    """The last updates that led to the present weights. A part of the run's state: whoever takes the weights of another takes them along."""
+
+    def __init__(self) -> None:
+        self.recent: deque[Update] = deque(maxlen=REMEMBERED)
+
+    def note(self, update: Update) -> None:
+        """Adds the update that was just done."""
+        self.recent.append(update)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": "".join(update.line() for update in self.recent)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.recent = deque(lines_from(state["recent"]), maxlen=REMEMBERED)
+
+
+def note_update(job: Training, finite: bool) -> None:
+    """Notes an update between the moment that its images were counted and that at which the run stands at it."""
+    before, progress, sampler = job.standing, job.progress, job.sampler
+    job.ledger.note(
+        Update(
+            since=before.position.last_update_step,
+            step=progress.step,
+            update=progress.update,
+            epoch=sampler.epoch,
+            first=before.figures["sampler"]["consumed"],
+            stop=sampler.consumed,
+            of=sampler.num_samples,
+            workers=job.comm.size(),
+            skipped=int(not finite),
+        )
+    )
+
+
+class WriteLedger(Hook):
+    """Rank 0 writes. A worker that becomes rank 0 adds what the one before it had not written, or had before it went another way."""
 
     def __init__(self, job: Training) -> None:
         self._job = job
-        self._recent: deque[Update] = deque(maxlen=REMEMBERED)
         self._descriptor: int | None = None
+        self._last: Update | None = None  # that was written
         self._told = False
-        self._step = self._since = job.progress.last_update_step
-        self._images = 0
+
+    def before_train(self) -> None:
+        self._follow()
 
     def after_step(self, record: StepRecord, batch: Any) -> None:
-        if record.step != self._step + 1:  # the run went back, or this worker has come to it: such a moment lies between two updates
-            self._since, self._images = record.step - 1, 0
-        self._step = record.step
-        self._images += record.images
-        progress, sampler = self._job.progress, self._job.sampler
-        if progress.last_update_step != record.step:
-            return
-        stop = sampler.consumed
-        skipped = int(progress.skipped_updates > 0)
-        first = stop - self._images
-        self._note(Update(self._since, record.step, record.update, record.epoch, first, stop, sampler.num_samples, record.workers, skipped))
-        self._since, self._images = record.step, 0
+        if self._job.progress.last_update_step == record.step:
+            self._follow()
 
     def after_train(self) -> None:
+        self._follow()
         self._close()
 
-    def _note(self, update: Update) -> None:
-        while self._recent and self._recent[-1].step > update.since:
-            self._recent.pop()
-        self._recent.append(update)
-        if self._job.comm.rank() != 0:
-            self._close()
+    def _follow(self) -> None:
+        recent = self._job.ledger.recent
+        if self._job.comm.rank() != 0 or not recent or recent[-1] == self._last:
             return
         try:
-            if self._descriptor is None:
-                self._descriptor = self._open()
-                self._write(self._unwritten())
+            if self._descriptor is not None and len(recent) > 1 and recent[-2] == self._last:
+                self._write(recent[-1].line())
             else:
-                self._write(update.line())
+                self._close()
+                self._descriptor = os.open(self._job.run.folder / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+                self._write(self._unwritten())
         except OSError as error:
             # The next update tries again, with all that is missing by then.
             self._close()
@@ -65,10 +92,8 @@ class KeepLedger(Hook):
                 log.error("%s not written: %s; training goes on", FILE, error)
             self._told = True
         else:
+            self._last = recent[-1]
             self._told = False
-
-    def _open(self) -> int:
-        return os.open(self._job.run.folder / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
 
     def _unwritten(self) -> str:
         """What the file lacks of the updates that this worker knows: the first that it does not hold and all after it."""
@@ -76,9 +101,11 @@ class KeepLedger(Hook):
         size = os.fstat(self._descriptor).st_size
         tail = os.pread(self._descriptor, TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace")
         start = HEADER if not size else "" if tail.endswith("\n") else "\n"  # a line that was torn stays one that can't be read
-        held = set(lines_from(tail))
-        recent = list(self._recent)
-        known = next((index for index, update in enumerate(recent) if update not in held), len(recent))
+        held = list(lines_from(tail))
+        recent = list(self._job.ledger.recent)
+        known = next((index for index, update in enumerate(recent) if update not in set(held)), len(recent))
+        if known == len(recent) and recent[-1] != held[-1]:
+            known -= 1  # said once more: what comes after it in the file was not to stay
         return start + "".join(update.line() for update in recent[known:])
 
     def _write(self, text: str) -> None:

@@ -21,6 +21,11 @@ class LossScale:
         self.value = 2.0**16 if enabled else 1.0
         self._good_updates = 0
 
+    @property
+    def settling(self) -> bool:
+        """Whether an overflow may be the scale's fault: then it is halved, and no harm is done."""
+        return self._enabled and self.value > 1
+
     def update(self, finite: bool) -> None:
         """Takes note of an update's gradient, the same on all workers."""
         if not self._enabled:

@@ -9,6 +9,7 @@ from typing import Any
 from horoyolo import config as configuration
 from horoyolo.config import Config, InputError
 from horoyolo.engine.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint
+from horoyolo.engine.stop import STOP
 from horoyolo.files import atomic_file
 
 
@@ -36,9 +37,10 @@ class Run:
         return self.folder / "logs"
 
     def create(self, config: Config) -> None:
-        """Makes the folders and saves the resolved configuration."""
+        """Makes the folders and saves the resolved configuration. A request to stop from before does not count."""
         for folder in (self.weights, self.checkpoints, self.plots, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / STOP).unlink(missing_ok=True)
         with atomic_file(self.folder / "config.yaml", "w") as stream:
             stream.write(configuration.dump(config))
 

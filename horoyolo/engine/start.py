@@ -22,6 +22,7 @@ from horoyolo.engine.device import cycle_time_ms, numerics_for, pick_device
 from horoyolo.engine.stop import stop_on_signals
 from horoyolo.engine.synchronise import synchronise
 from horoyolo.engine.train import train
+from horoyolo.engine.unreadable import check_share
 from horoyolo.engine.watch import build_hooks
 from horoyolo.report.logs import log_to_file, start_logs
 
@@ -47,6 +48,8 @@ def start_training(config: Config, on_ready: Callable[[], None]) -> bool:
     splits = once_per_host(comm, lambda: (scan_split(spec, "train"), scan_split(spec, "val")))
     if config.batch == AUTO_BATCH:
         config = dataclasses.replace(config, batch=settle_batch(config, comm, numerics, model, len(splits[0])))
+    for split in splits:
+        check_share(split.report, config.max_bad_share)
     job = build_training(config, comm, numerics, model, *splits, num_local=comm.local_size())
     synchronise(job)
     if is_finished(job):

@@ -13,6 +13,10 @@ from torch import nn
 TENSORS = ("model", "ema", "optimizer", "compressor")  # the parts that change in updates alone
 
 
+class TrainingError(RuntimeError):
+    """Training can't go on; one line that says why (exit status 1)."""
+
+
 class Stateful(Protocol):
     """A part of a run that can be saved and restored."""
 
@@ -29,6 +33,7 @@ class Progress:
     update: int = 0  # optimizer updates
     last_update_step: int = 0  # value of step after the newest update
     skipped_updates: int = 0  # updates in a row that were left out because their gradient was not finite
+    returns: int = 0  # to an earlier state, after many of those
     best_fitness: float = -1.0
     best_epoch: int = 0  # the newest that scored no worse than any before it
     scored_epoch: int = 0  # the newest that was evaluated

@@ -103,6 +103,7 @@ def begin(job: Training) -> None:
     state = broadcast_state(job.state.state_dict() if comm.rank() == 0 else None, comm, root=0)
     if comm.rank() != 0:
         job.state.load_state_dict(state)
+    job.unreadable.files.clear()  # what can't be read now was found by the scan
     if is_resumed:
         log.info("resumed at step %d, epoch %d", job.progress.step, job.sampler.epoch)
         load_own(job)

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,34 +15,56 @@ from torch import Tensor
 from horoyolo.distributed.syncbn import average_bn_buffers
 from horoyolo.engine.build import Training
 from horoyolo.engine.hooks import EpochRecord, Hook, StepRecord
+from horoyolo.engine.ledger import note_update
+from horoyolo.engine.nonfinite import MOST_SKIPPED, go_back, leave_out, lowered
 from horoyolo.engine.schedule import Rates
+from horoyolo.engine.state import TrainingError
 from horoyolo.engine.stop import StopRequest
 from horoyolo.model.yolo import YOLO
 
 log = logging.getLogger("horoyolo")
 
-MOST_SKIPPED_UPDATES = 20  # in a row; a loss scale that is settling skips a few
 
+class Asks(NamedTuple):
+    """What workers ask of all before a step; summed over workers, what is not zero was asked for."""
 
-class TrainingError(RuntimeError):
-    """Training can't go on (exit status 1)."""
+    stop: float = 0  # with a checkpoint, after the next update
+    save: float = 0  # a checkpoint after the next update
+    news: float = 0  # to hear of images that can't be read any more
 
 
 def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> bool:
     """Trains to the last epoch, or until scores no longer rise. True: done; False: stopped on request, with a checkpoint to resume from."""
     for hook in hooks:
         hook.before_train()
+    stop.watch(job.run.folder)
+    job.commits.offer(job)
     try:
-        for epoch in range(job.sampler.epoch, job.config.epochs):
-            started_s = time.perf_counter()
+        while job.sampler.epoch < job.config.epochs:
+            epoch, started_s = job.sampler.epoch, time.perf_counter()
             for batch, data_s in timed(job.loader):
-                record, stop_agreed = train_step(job, batch, data_s, stop.pending)
+                record, asked = train_step(job, batch, data_s, stop.pending)
                 for hook in hooks:
                     hook.after_step(record, batch)
-                if stop_agreed and job.progress.last_update_step == job.progress.step:
+                if job.progress.last_update_step != job.progress.step:
+                    continue
+                if job.progress.skipped_updates == MOST_SKIPPED:
+                    go_back(job)
+                    for hook in hooks:
+                        hook.after_return()
+                    break
+                job.commits.offer(job)
+                too_many = len(job.unreadable.files) > job.config.max_bad_share * len(job.train_split)
+                if asked.stop or asked.save or too_many:
                     job.save_checkpoint(whole_state(job))
+                if too_many:
+                    raise TrainingError(f"{len(job.unreadable.files)} images can't be read any more, of {len(job.train_split)}: see max_bad_share")
+                if asked.stop:
+                    stop.heeded()
                     log.info("stopped on request after step %d; --resume goes on from there", job.progress.step)
                     return False
+            if job.sampler.consumed < job.sampler.num_samples:
+                continue  # the run went back, perhaps to an earlier epoch
             epoch_record = finish_epoch(job, epoch, started_s)
             for hook in hooks:
                 hook.after_epoch(epoch_record)
@@ -67,28 +89,33 @@ def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
         started_s = time.perf_counter()
 
 
-def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> tuple[StepRecord, bool]:
+def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> tuple[StepRecord, Asks]:
     """Trains on this worker's share of one global batch: forward, loss, backward while gradients leave, and an update where one is due.
 
-    Gives the record of the global batch, and whether any worker was asked to stop.
+    Gives the record of the global batch, and what workers asked for.
     """
     progress, sampler, comm, numerics = job.progress, job.sampler, job.comm, job.numerics
     epoch, global_batch = sampler.epoch, job.global_batch
     last_of_epoch = sampler.consumed + global_batch == sampler.num_samples
-    rates = job.schedule.at(epoch, progress.step)
+    rates = lowered(job.schedule.at(epoch, progress.step), progress.returns)
     update_due = last_of_epoch or progress.step + 1 - progress.last_update_step >= rates.accumulate
     set_rates(job.optimizer, rates, job.config.optim.backbone_lr)
 
     # What the loss is divided by depends on labels and anchors alone: it is summed over workers while forward runs.
     started_s = time.perf_counter()
-    ahead = comm.allreduce_async(known_ahead(job, batch, stop_pending), "step.ahead")
+    asks = Asks(stop_pending, job.checkpoint_is_due(), job.unreadable.has_news(batch.failed))
+    ahead = comm.allreduce_async(known_ahead(job, batch, asks), "step.ahead")
     has_images = len(batch.images) > 0
     # Without images there is nothing to compute, but a synchronised BatchNorm waits for every worker.
     takes_part = has_images or (job.config.comms.sync_bn and comm.size() > 1)
     if takes_part:
         with numerics.autocast():
             heads = job.model(numerics.as_input(batch.images))
-    *positives, batch_crc, stops = ahead.wait().tolist()
+    figures = ahead.wait().tolist()
+    asked = Asks(*figures[-len(asks) :])
+    *positives, batch_crc = figures[: -len(asks)]
+    if asked.news:
+        job.unreadable.agree(batch.failed, comm)
     if takes_part:
         losses = job.loss(heads, batch.targets.to(numerics.device), torch.tensor(positives, device=numerics.device), global_batch)
     else:
@@ -117,6 +144,7 @@ def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> 
     progress.count(global_batch, (box_loss, obj_loss, cls_loss))
     if exchange is not None:
         progress.last_update_step = progress.step
+        note_update(job, finite=math.isfinite(exchange.norm))
         job.standing.mark()
         job.exchange.measure()
     record = StepRecord(
@@ -137,16 +165,16 @@ def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> 
         wire_bytes=exchange.wire_bytes if exchange is not None else 0,
         workers=comm.size(),
     )
-    return record, stops > 0
+    return record, asked
 
 
-def known_ahead(job: Training, batch: Any, stop_pending: bool) -> Tensor:
-    """What workers sum before the loss: positives of each layer, CRC-32 of the images, requests to stop; (num_layers + 2,) float64.
+def known_ahead(job: Training, batch: Any, asks: Asks) -> Tensor:
+    """What workers sum before the loss: positives of each layer, CRC-32 of the images, what each asks for; float64, (num_layers + 1 + asks,).
 
     Doubles hold sums of 32-bit checksums exactly.
     """
     positives = job.loss.count_positives(batch.targets, job.grids(batch.images.shape[2:]))
-    return torch.cat([positives.double().cpu(), torch.tensor([batch.crc, stop_pending], dtype=torch.float64)])
+    return torch.cat([positives.double().cpu(), torch.tensor([batch.crc, *asks], dtype=torch.float64)])
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: Rates, backbone_lr: float) -> None:
@@ -175,10 +203,7 @@ def apply_update(job: Training, norm: float) -> None:
         job.progress.update += 1
         job.progress.skipped_updates = 0
     else:
-        job.progress.skipped_updates += 1
-        log.warning("step %d: gradient is not finite, update left out", job.progress.step + 1)
-        if job.progress.skipped_updates > MOST_SKIPPED_UPDATES:
-            raise TrainingError(f"{job.progress.skipped_updates} updates in a row had gradients that are not finite; try a lower hyp.lr0")
+        leave_out(job)
     job.loss_scale.update(finite)
     job.exchange.zero_grad()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from horoyolo.engine.build import Training
 from horoyolo.engine.hooks import EPOCH_COLUMNS, STEP_COLUMNS, EpochRecord, Hook, StepRecord
-from horoyolo.engine.ledger import KeepLedger
+from horoyolo.engine.ledger import WriteLedger
 from horoyolo.engine.network import WarnSlowNetwork
 from horoyolo.engine.recipe import class_counts, recipe_lines
 from horoyolo.report.diagnose import diagnose_run
@@ -24,8 +24,8 @@ CURVES_EVERY_S = 60.0
 
 
 def build_hooks(job: Training) -> list[Hook]:
-    """What watches this worker: all of it on rank 0; every worker tells of files that it could not read and knows the ledger."""
-    everywhere: list[Hook] = [TellUnreadable(), KeepLedger(job)]
+    """What watches this worker: all of it on rank 0; who writes the ledger is seen to at each update."""
+    everywhere: list[Hook] = [WriteLedger(job)]
     if job.comm.rank() != 0:
         return everywhere
     return [*everywhere, TellRecipe(job), RecordFigures(job), ShowProgress(job), WarnSlowNetwork(), DrawPlots(job), Diagnose(job)]
@@ -60,10 +60,18 @@ class RecordFigures(Hook):
     """steps.csv, results.csv and TensorBoard events; a resumed run goes on where its checkpoint stood."""
 
     def __init__(self, job: Training) -> None:
-        folder, step = job.run.folder, job.progress.step
+        self._job = job
+        self._open()
+
+    def _open(self) -> None:
+        folder, step = self._job.run.folder, self._job.progress.step
         self._steps = CsvWriter(folder / "steps.csv", STEP_COLUMNS, step)
         self._epochs = CsvWriter(folder / "results.csv", EPOCH_COLUMNS, step)
         self._events = TensorBoardWriter(folder / "tensorboard", step)
+
+    def after_return(self) -> None:
+        self.after_train()
+        self._open()
 
     def after_step(self, record: StepRecord, batch: Any) -> None:
         figures = asdict(record)
@@ -137,15 +145,3 @@ def drawn(what: str, draw: Callable[[], object]) -> None:
         draw()
     except OSError as error:
         log.error("%s not drawn: %s", what, error)
-
-
-class TellUnreadable(Hook):
-    """Names each file that could not be read while training, once. It was shown as grey, without boxes."""
-
-    def __init__(self) -> None:
-        self._told: set[str] = set()
-
-    def after_step(self, record: StepRecord, batch: Any) -> None:
-        for file in set(batch.failed) - self._told:
-            self._told.add(file)
-            log.warning("%s can't be read any more: shown as grey, without boxes, from here on", file)

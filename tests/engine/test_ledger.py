@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from horoyolo.data.sampler import Sampler
 from horoyolo.engine import ledger
-from horoyolo.engine.ledger import KeepLedger
-from horoyolo.engine.state import Progress
+from horoyolo.engine.ledger import Ledger, WriteLedger, note_update
+from horoyolo.engine.state import Progress, Standing, TrainState
 from horoyolo.report.ledger import FILE, HEADER, read_account
 
 BATCH, POSITIONS, EPOCHS, ACCUMULATE = 4, 30, 3, 3
@@ -26,32 +27,34 @@ class Worker:
         self.place = rank
         self.sampler = Sampler(POSITIONS, BATCH, 0)
         self.progress = Progress()
+        self.ledger = Ledger()
+        self.parts = TrainState(sampler=self.sampler, progress=self.progress, ledger=self.ledger)
+        self.standing = Standing(self.parts, nn.BatchNorm1d(1))
         self.comm = SimpleNamespace(rank=lambda: self.place, size=lambda: 3)
         self.run = SimpleNamespace(folder=folder)
-        self.hook = KeepLedger(self)  # type: ignore[arg-type]
+        self.hook = WriteLedger(self)  # type: ignore[arg-type]
 
-    def step(self, finite: bool = True, seen: bool = True) -> None:
-        """A global batch, as the training loop counts it; ``seen`` False: it ends before its hooks are called."""
+    def step(self, finite: bool = True, told: bool = True) -> None:
+        """A global batch, as the training loop counts it; ``told`` False: it fails before its hooks are called."""
         if self.sampler.consumed == POSITIONS:
             self.sampler.next_epoch()
-        images = min(BATCH, POSITIONS - self.sampler.consumed)
-        epoch = self.sampler.epoch
-        self.sampler.advance(images)
+            self.standing.mark()
+        self.sampler.advance(min(BATCH, POSITIONS - self.sampler.consumed))
         self.progress.step += 1
         if self.progress.step - self.progress.last_update_step == ACCUMULATE or self.sampler.consumed == POSITIONS:
             self.progress.last_update_step = self.progress.step
             self.progress.update += finite
-            self.progress.skipped_updates = 0 if finite else self.progress.skipped_updates + 1
-        record = SimpleNamespace(step=self.progress.step, epoch=epoch, update=self.progress.update, images=images, workers=3)
-        if seen:
-            self.hook.after_step(record, None)  # type: ignore[arg-type]
+            note_update(self, finite)  # type: ignore[arg-type]
+            self.standing.mark()
+        if told:
+            self.hook.after_step(SimpleNamespace(step=self.progress.step), None)  # type: ignore[arg-type]
 
     def state(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict(), "progress": self.progress.state_dict()}
+        return self.parts.state_dict()
 
     def stand_at(self, state: dict[str, Any]) -> None:
-        self.sampler.load_state_dict(state["sampler"])
-        self.progress.load_state_dict(state["progress"])
+        self.parts.load_state_dict(state)
+        self.standing.mark()
 
     def finish(self) -> None:
         while (self.sampler.epoch, self.sampler.consumed) != (EPOCHS - 1, POSITIONS):
@@ -113,6 +116,22 @@ def test_an_update_that_died_with_its_worker_is_taken_back(tmp_path: Path) -> No
     assert found.redone_updates <= 1
 
 
+def test_an_update_that_rank_0_took_over_from_another_is_in_it(tmp_path: Path) -> None:
+    """Rank 0 did not complete an update, another survivor did, and rank 0 takes its weights."""
+    first, second = Worker(tmp_path, 0), Worker(tmp_path, 1)
+    for _ in range(ACCUMULATE + 1):
+        first.step()
+        second.step()
+    for _ in range(ACCUMULATE - 1):
+        second.step(told=False)
+    first.stand_at(second.state())
+    first.finish()
+    found = read_account(tmp_path / FILE)
+    assert found.exact
+    assert found.finished_epochs == EPOCHS
+    assert found.redone_updates == 0
+
+
 def test_a_run_that_goes_on_from_a_checkpoint_takes_back_what_came_after(tmp_path: Path) -> None:
     worker = Worker(tmp_path)
     for _ in range(2 * ACCUMULATE):
@@ -123,11 +142,13 @@ def test_a_run_that_goes_on_from_a_checkpoint_takes_back_what_came_after(tmp_pat
     worker.hook.after_train()
     resumed = Worker(tmp_path)
     resumed.stand_at(checkpoint)
+    resumed.hook.before_train()
+    assert read_account(tmp_path / FILE).unfinished_epoch == (0, checkpoint["sampler"]["consumed"], POSITIONS)  # at once, whatever comes
     resumed.finish()
     found = read_account(tmp_path / FILE)
     assert found.exact
     assert found.finished_epochs == EPOCHS
-    assert found.redone_updates == 3
+    assert found.redone_updates == 4 + 1
 
 
 def test_a_full_disk_stops_nothing_and_leaves_no_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
