@@ -103,6 +103,28 @@ def slow_boxes(boxes: np.ndarray, matrix: np.ndarray, gain: float, hw: tuple[int
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_where_a_point_goes(geometry: Geometry) -> None:
+    """From the canvas' middle: perspective, then turned and scaled, then sheared, then put near the output's middle."""
+    canvas, hw, zoom = (40, 60), (30, 48), 0.8
+    matrix, gain = random_matrix(canvas, hw, np.random.default_rng(9), geometry, zoom)
+    rng = np.random.default_rng(9)
+    px, py = rng.uniform(-geometry.perspective, geometry.perspective, 2)
+    angle = math.radians(rng.uniform(-geometry.degrees, geometry.degrees))
+    scale = rng.uniform(1 - geometry.scale, 1 + geometry.scale) * zoom
+    shear_x, shear_y = (math.tan(math.radians(value)) for value in rng.uniform(-geometry.shear, geometry.shear, 2))
+    to_x, to_y = rng.uniform(0.5 - geometry.translate, 0.5 + geometry.translate, 2)
+    assert gain == pytest.approx(scale)
+    for x, y in ((0, 0), (60, 40), (13, 31)):
+        u, v = x - 30, y - 20
+        w = px * u + py * v + 1
+        u, v = scale * (math.cos(angle) * u + math.sin(angle) * v), scale * (math.cos(angle) * v - math.sin(angle) * u)
+        u, v = u + shear_x * v, v + shear_y * u
+        expected = u / w + 48 * to_x, v / w + 30 * to_y
+        found = matrix @ (x, y, 1)
+        assert (found[:2] / found[2]).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 @pytest.mark.parametrize(("hw", "zoom"), [((SIZE, SIZE), 1.0), ((16, SIZE), 1.0), ((36, 36), 1.5)])
 def test_a_warped_image_and_its_boxes(geometry: Geometry, hw: tuple[int, int], zoom: float) -> None:
     canvas = (round(hw[0] / zoom), round(hw[1] / zoom))
