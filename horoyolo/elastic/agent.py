@@ -13,6 +13,7 @@ FOLDER, the job's tag, in its environment. What an earlier agent of the same job
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import selectors
 import shutil
@@ -21,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from horoyolo.launch.agent import kill_job
 from horoyolo.launch.status import STATUS_DIR, reported_statuses
 
 SHARED_MEMORY = Path("/dev/shm")
+MEMORY_SUFFIX = "-memory"
 POLL_S = 1.0
 
 
@@ -47,7 +50,7 @@ class Agent:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.memory = (SHARED_MEMORY if SHARED_MEMORY.is_dir() else folder.parent) / f"{folder.name}-memory"
+        self.memory = (SHARED_MEMORY if SHARED_MEMORY.is_dir() else folder.parent) / f"{folder.name}{MEMORY_SUFFIX}"
         self._workers: dict[str, _Worker] = {}
         self._job: Message = {}
         self._told = Lines()
@@ -177,6 +180,40 @@ def make_folder(folder: Path) -> None:
         raise PermissionError(f"{folder} belongs to another user")
 
 
+@contextlib.contextmanager
+def kept_memory(memory: Path) -> Iterator[None]:
+    """A folder that is this agent's while the block runs, and is gone afterwards.
+
+    It is locked. So those whose agent was killed, with the launcher, can be told from the others, and are removed too: memory is scarce.
+    """
+    for stale in memory.parent.glob(f"horoyolo-job-*{MEMORY_SUFFIX}"):
+        if stale != memory and stale.stat().st_uid == os.geteuid() and (lock := _lock(stale)) is not None:
+            shutil.rmtree(stale, ignore_errors=True)
+            os.close(lock)
+    memory.mkdir(mode=0o700, exist_ok=True)
+    lock = _lock(memory)
+    try:
+        yield
+    finally:
+        shutil.rmtree(memory, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds a folder's lock; None when somebody else does, or it is gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def main(folder: Path) -> None:
     """Serve one job on this host from its beginning to its end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -184,13 +221,13 @@ def main(folder: Path) -> None:
     kill_job(folder)
     make_folder(folder)
     agent = Agent(folder)
-    try:
-        say({"is": "ready"})
-        agent.serve()
-    finally:
-        kill_job(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(agent.memory, ignore_errors=True)
+    with kept_memory(agent.memory):
+        try:
+            say({"is": "ready"})
+            agent.serve()
+        finally:
+            kill_job(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

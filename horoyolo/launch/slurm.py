@@ -155,6 +155,7 @@ def render_batch(
         "",
         *(f"export {key}={shlex.quote(value)}" for key, value in sorted(_variables(options, launcher, env).items())),
         *(_by_srun(words, options, folder, python) if launcher == "slurm" else _by_launch(words, elastic or ["--launcher", launcher], python)),
+        *(REQUEUE_TOO_FEW if elastic else ()),
         *REQUEUE,
     ]
     return "\n".join(lines)
@@ -187,6 +188,12 @@ WAIT = (
     "    code=$?",
     '    [ -n "$interrupted" ] || status=$code',
     "done",
+    "",
+)
+# An elastic job stops by itself when too few nodes are left.
+REQUEUE_TOO_FEW = (
+    "# 75 though nobody stopped it: too few nodes were left for too long. Requeued, it gets others.",
+    '[ "$status" = 75 ] && [ -z "$stopped" ] && time_is_up=yes',
     "",
 )
 REQUEUE = (
@@ -256,18 +263,21 @@ def _by_srun(words: Sequence[str], options: SlurmOptions, folder: str, python: s
 def _by_launch(words: Sequence[str], flags: Sequence[str], python: str) -> list[str]:
     return [
         "",
-        *_traps('kill -TERM "$launcher"  # it has the workers stop'),
+        *_traps('kill -TERM "$launcher"  # it has the workers stop', tells="--min-np" in flags),
         "",
         f"{shlex.join([python, '-m', 'horoyolo', 'launch', '--slurm', *flags, '--', *words])} {RUN} &",
         *WAIT,
     ]
 
 
-def _traps(stop: str) -> list[str]:
+def _traps(stop: str, tells: bool = False) -> list[str]:
+    """What signals do: ``stop``, and with ``tells`` a variable says so."""
     return [
         "time_is_up=",
+        *(["stopped="] if tells else []),
         "stop() {",
         "    interrupted=yes",
+        *(["    stopped=yes"] if tells else []),
         f"    {stop}",
         "}",
         "trap 'time_is_up=yes; stop' USR1",

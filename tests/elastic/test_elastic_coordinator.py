@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from elasticjob import wait_until
 
+from horoyolo.elastic.agent import kept_memory
+
 
 def pids(places) -> list[int]:
     return [place["pid"] for place in places]
@@ -122,6 +124,18 @@ def test_workers_that_all_fail_end_the_job(start_elastic):
     for slot in range(2):
         (job.out / f"fail.{slot}").touch()
     assert job.wait() == 1
+
+
+def test_memory_that_a_killed_agent_left_is_removed_by_the_next(start_elastic):
+    job = start_elastic(slots=1, min_np=1)
+    job.wait_for(1, 1)
+    own = Path("/dev/shm") / f"{Path((job.out / 'folder').read_text()).name}-memory"
+    left = own.with_name(f"horoyolo-job-{os.getpid()}-memory")
+    (left / "slot-0").mkdir(parents=True)
+    with kept_memory(own.with_name(f"horoyolo-job-{os.getpid()}x-memory")):
+        assert not left.exists()
+        assert (own / "slot-0" / "state").exists()  # its agent lives
+    assert not own.with_name(f"horoyolo-job-{os.getpid()}x-memory").exists()
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -50,6 +50,7 @@ def test_an_elastic_job_outlives_nodes():
     text = render_batch(TRAIN, SlurmOptions(nodes=4, tasks_per_node=2), "slurm", {}, "/a", "python", ["--min-np", "3"])
     assert "#SBATCH --no-kill\n" in text
     assert f'python -m horoyolo launch --slurm --min-np 3 -- {shlex.join(TRAIN[:-2])} --name "$run" --resume auto &\n' in text
+    assert text.index("stopped=yes") < text.index('[ -z "$stopped" ] && time_is_up=yes') < text.index("scontrol requeue")
     with pytest.raises(InputError, match="containers"):
         render_batch(TRAIN, SlurmOptions(apptainer="a.sif"), "slurm", {}, "/a", "python", ["--min-np", "3"])
 
