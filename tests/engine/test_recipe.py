@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from horoyolo.config import Config, Hyper, Recipe
+from horoyolo.data.scan import Split, scan_split
+from horoyolo.data.spec import load_data_spec
 from horoyolo.data.synthetic import write_synthetic
+from horoyolo.engine.build import build_loss
+from horoyolo.engine.recipe import box_sizes, class_counts, imbalance_notes, recipe_lines, settle_anchors
+from horoyolo.engine.schedule import Schedule
+from horoyolo.model.anchors import best_possible_recall
+from horoyolo.model.yolo import build_model
 
 WORKER = Path(__file__).with_name("recipe_worker.py")
 _spec = importlib.util.spec_from_file_location("recipe_worker", WORKER)
@@ -60,3 +68,47 @@ def test_frozen_layers_are_not_exchanged_and_stay(sizes: dict[int, list[Outcomes
 
 def test_all_workers_lose_patience_together(sizes: dict[int, list[Outcomes]]) -> None:
     assert {tuple(worker["patience"]["epochs"]) for outcomes in sizes.values() for worker in outcomes} == {(0, 1, 2)}
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    folder = tmp_path_factory.mktemp("labelled") / "data"
+    write_synthetic(folder, 20, seed=0)
+    return scan_split(load_data_spec(folder / "data.yaml"), "train")
+
+
+def test_box_sizes_are_those_of_the_letterboxed_images(split: Split) -> None:
+    sizes = box_sizes(split, 320)
+    height, width = split.shapes_hw[0]
+    first = split.labels[0][0, 3:5] * [width, height] * 320 / max(height, width)
+    assert sizes[0] == pytest.approx(first)
+    assert len(sizes) == split.report.boxes == class_counts(split, 3).sum()
+
+
+def test_anchors_that_fit_stay(split: Split) -> None:
+    model = build_model("yolov5n", 3)
+    before = model.anchors.clone()
+    settle_anchors(model, split, Config(img=320))
+    assert torch.equal(model.anchors, before)
+
+
+@pytest.mark.parametrize(("autoanchor", "reached"), [(True, True), (False, False)])
+def test_anchors_out_of_reach_are_fitted_anew(split: Split, autoanchor: bool, reached: bool) -> None:
+    model = build_model("yolov5n", 3)
+    model.set_anchors(torch.full((9, 2), 3000.0))
+    settle_anchors(model, split, Config(img=320, recipe=Recipe(autoanchor=autoanchor)))
+    recall = best_possible_recall(box_sizes(split, 320), model.anchors_px.flatten(0, 1).numpy(), 4.0)
+    assert (recall > 0.98) == reached
+
+
+def test_what_is_done_about_rare_classes_is_said(split: Split) -> None:
+    config = Config(img=320, recipe=Recipe(class_weights=0.5), hyp=Hyper(fl_gamma=1.5))
+    model = build_model("yolov5n", 3, split.names)
+    counts = class_counts(split, 3)
+    loss = build_loss(config, model, counts)
+    notes = imbalance_notes(config, loss, model.names)["imbalance"]
+    assert notes["fl_gamma"] == 1.5
+    assert sorted(notes["class_weights"], key=notes["class_weights"].get) == [split.names[int(i)] for i in counts.argsort(descending=True)]
+    (line,) = recipe_lines(config, model, loss, Schedule(config.hyp, config.optim, 10, 16, 5), counts)
+    assert line.startswith("class weights, frequency to the power of -0.5: circle")
+    assert imbalance_notes(Config(), build_loss(Config(), model, counts), model.names) == {}
