@@ -1,0 +1,87 @@
+"""A run that was stopped and resumed on as many workers ends with the same bits as one that was not, whatever the compression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from resume_worker import COMPRESSIONS, EPOCHS, StopAt
+from small_run import build_job
+
+from horoyolo.distributed.comm import LocalComm
+from horoyolo.engine.build import Training
+from horoyolo.engine.checkpoint import newest_checkpoint
+from horoyolo.engine.commit import copied, local_state
+from horoyolo.engine.stop import StopRequest
+from horoyolo.engine.train import train
+
+
+def differences(left: Any, right: Any, name: str = "") -> list[str]:
+    """Names of what differs by a bit."""
+    if isinstance(left, torch.Tensor):
+        return [] if left.dtype == right.dtype and torch.equal(left, right) else [name]
+    if isinstance(left, dict):
+        if left.keys() != right.keys():
+            return [f"{name}: {sorted(map(str, left.keys() ^ right.keys()))}"]
+        return [found for key in left for found in differences(left[key], right[key], f"{name}.{key}".strip("."))]
+    if isinstance(left, (list, tuple)):
+        return [found for index, pair in enumerate(zip(left, right, strict=True)) for found in differences(*pair, f"{name}.{index}")]
+    return [] if left == right else [f"{name}: {left} {right}"]
+
+
+@pytest.fixture(scope="module")
+def ends(run_workers: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return run_workers(Path(__file__).parent / "resume_worker.py", 2, timeout_s=570)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_two_workers_end_with_the_same_bits(ends: list[dict[str, Any]], compression: str) -> None:
+    for end in ends:
+        found = end[compression]
+        assert not found["stopped"]
+        assert found["done"]
+        assert differences(found["whole"], found["resumed"]) == []
+    assert ends[0][compression]["whole"]["shared"]["progress"]["step"] == 4 * EPOCHS
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 6])
+def test_one_worker_ends_with_the_same_bits(tiny: Path, tmp_path: Path, stop_at: int) -> None:
+    """Within an epoch, at its end, where it was asked before its last step, and after."""
+
+    def run(name: str, stop: Callable[[Training], StopRequest]) -> Training:
+        job = build_job(tiny, tmp_path, LocalComm(), name=name, epochs=EPOCHS)
+        train(job, [], stop(job))
+        return job
+
+    class StopAtOnce(StopAt):
+        pending = property(lambda self: self._job.progress.step + 1 == self._step)  # type: ignore[assignment]
+
+    whole = run("whole", lambda job: StopRequest())
+    stopped = run("stopped", lambda job: StopAtOnce(job, stop_at))
+    assert stopped.progress.step == stop_at
+    resumed = run("stopped", lambda job: StopRequest())
+    assert differences(copied(local_state(whole)), copied(local_state(resumed))) == []
+
+
+def test_checkpoints_are_written_within_an_epoch_by_the_clock(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = build_job(tiny, tmp_path, LocalComm(), epochs=1, keep_checkpoints=9, checkpoint_minutes=2)
+    clock_s = 0.0
+
+    class Later(StopRequest):
+        @property
+        def pending(self) -> bool:
+            nonlocal clock_s
+            clock_s += 50
+            job.background.wait()
+            return False
+
+    monkeypatch.setattr("horoyolo.engine.build.time.monotonic", lambda: clock_s)
+    job.saved_s = clock_s
+    train(job, [], Later())
+    names = sorted(path.name for path in job.run.checkpoints.glob("*.pt"))
+    assert names == ["step-00000003.pt", "step-00000004.pt"]  # after 150 s, and the end of the epoch
+    path = newest_checkpoint(job.run.checkpoints)
+    assert path is not None
