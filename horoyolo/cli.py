@@ -114,7 +114,7 @@ TRAIN_FLAGS = (
 # Flags of YOLOv5 and of later versions that a user may bring along.
 NOT_YET = (
     *("--nosave", "--noval", "--noplots", "--evolve", "--bucket"),
-    *("--single-cls", "--quad", "--save-period", "--entity", "--elastic", "--pipeline-stages"),
+    *("--single-cls", "--quad", "--save-period", "--entity", "--pipeline-stages"),
 )
 
 
@@ -158,6 +158,7 @@ def _describe_train(parser: _Parser) -> None:
         parser.add_argument(*flag.names, **options)
     presets = ", ".join(configuration.PRESETS)
     parser.add_argument("--hyp", metavar="YAML|NAME", default="", help=f"hyper-parameter file of YOLOv5, or a preset: {presets}")
+    parser.add_argument("--elastic", action="store_true", help="workers may come and go; launch --min-np adds it")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any other setting, such as hyp.lr0=0.02")
     parser.set_defaults(run=_train)
 
@@ -195,11 +196,17 @@ def _train(parsed: argparse.Namespace) -> int:
     from horoyolo.engine.state import TrainingError
 
     try:
-        return DONE if start_training(config, on_ready=announce_worker) else STOPPED
+        status = DONE if start_training(config, on_ready=announce_worker, elastic=parsed.elastic) else STOPPED
     except TrainingError as error:
         if _is_first_worker():
             print(f"horoyolo: error: {error}", file=sys.stderr)
-        return FAILED
+        status = FAILED
+    if parsed.elastic:
+        # Generations that broke leave threads of Horovod behind, which the interpreter's end may wait for.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(report_status(status))
+    return status
 
 
 def _describe_val(parser: _Parser) -> None:

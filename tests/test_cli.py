@@ -60,7 +60,7 @@ def train(dataset: Path, *words: object) -> list[object]:
         (["--precision", "fp8"], "fp32"),
         (["--device", "7"], "GPU"),
         (["--device", "tpu"], "cpu, cuda"),
-        (["--elastic"], "not supported yet"),
+        (["--elastic"], "horoyolo launch --min-np"),
         (["--cache", "ram"], "not supported yet"),
         (["--resume", "absent"], "no run folder"),
         (["--resume"], "no run in"),

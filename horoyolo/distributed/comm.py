@@ -279,13 +279,7 @@ def open_comm(cycle_time_ms: float = 1.0) -> Comm:
     size = num_workers(os.environ)
     if size == 1:
         return LocalComm()
-    try:
-        import horovod.torch as hvd
-    except ImportError as error:
-        raise InputError(f"{size} workers were started without Horovod ({error}): run scripts/setup.sh, or start one worker") from error
-    check_own_name(os.environ)
-    # Buckets are large and fixed already: fusing them by arrival would cost a copy and make the order of sums depend on timing.
-    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    hvd = import_horovod(size)
     os.environ.setdefault("HOROVOD_CYCLE_TIME", str(cycle_time_ms))
     hvd.init()
     if hvd.size() != size:
@@ -293,6 +287,18 @@ def open_comm(cycle_time_ms: float = 1.0) -> Comm:
         hvd.shutdown()
         raise InputError(f"the launcher started {size} workers but Horovod sees {seen}: start them by horovodrun, or by Horovod's own MPI")
     return HorovodComm(hvd)
+
+
+def import_horovod(size: int) -> Any:
+    """Horovod, not initialised yet, with an environment that suits it (InputError: it is missing, or can't start here)."""
+    try:
+        import horovod.torch as hvd
+    except ImportError as error:
+        raise InputError(f"{size} workers were started without Horovod ({error}): run scripts/setup.sh, or start one worker") from error
+    check_own_name(os.environ)
+    # Buckets are large and fixed already: fusing them by arrival would cost a copy and make the order of sums depend on timing.
+    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    return hvd
 
 
 def check_own_name(env: Mapping[str, str]) -> None:

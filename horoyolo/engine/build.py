@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,11 +29,13 @@ from horoyolo.distributed.comm import Comm
 from horoyolo.distributed.exact import convert_exact
 from horoyolo.distributed.exchange import Exchange
 from horoyolo.distributed.syncbn import convert_sync_bn
+from horoyolo.elastic.member import Fixed, Member
 from horoyolo.engine.background import Background
 from horoyolo.engine.checkpoint import serialised, write_checkpoint, write_rank_state
 from horoyolo.engine.commit import Commits
 from horoyolo.engine.device import Numerics
 from horoyolo.engine.evaluate import evaluate
+from horoyolo.engine.hooks import StepRecord
 from horoyolo.engine.ledger import Ledger
 from horoyolo.engine.loss_scale import LossScale
 from horoyolo.engine.recipe import class_counts, imbalance_notes
@@ -46,6 +50,8 @@ from horoyolo.model.weights import load_matching, model_from_weights, read_weigh
 from horoyolo.model.yolo import ACTIVATION_NAMES, YOLO, load_layer_table, model_from_table, with_anchors
 
 log = logging.getLogger("horoyolo")
+
+REMEMBERED = 256  # steps that every worker knows, which rank 0 may have died without writing
 
 
 @dataclass
@@ -71,6 +77,7 @@ class Training:
     progress: Progress
     state: TrainState
     standing: Standing
+    member: Member | Fixed  # who may come and go
     data_hash: str  # of images, sizes and labels
     ledger: Ledger
     unreadable: Unreadable
@@ -78,6 +85,7 @@ class Training:
     commits: Commits = field(default_factory=Commits)
     saved_s: float = field(default_factory=time.monotonic)  # when the newest checkpoint was begun, or the run
     first_bad: str = ""  # the tensor that made this worker's newest update be left out
+    recent: deque[StepRecord] = field(default_factory=partial(deque, maxlen=REMEMBERED))  # the last steps
     begun: bool = False  # whether workers have met: before, the state is that of a newcomer
     run: Run = field(init=False)  # known from then on
 
@@ -193,8 +201,17 @@ def build_model_for(config: Config, num_classes: int, names: dict[int, str]) -> 
     return model
 
 
-def build_training(config: Config, comm: Comm, numerics: Numerics, model: YOLO, train_split: Split, val_split: Split, num_local: int) -> Training:
-    """Places the parts in each other's reach; ``num_local`` workers share this host.
+def build_training(
+    config: Config,
+    comm: Comm,
+    numerics: Numerics,
+    model: YOLO,
+    train_split: Split,
+    val_split: Split,
+    num_local: int,
+    member: Member | Fixed | None = None,
+) -> Training:
+    """Places the parts in each other's reach; ``num_local`` workers share this host, ``member`` is this one's side of an elastic job.
 
     Nobody talks to another worker here: how they come to the same state is in ``synchronise.py``.
     """
@@ -242,6 +259,7 @@ def build_training(config: Config, comm: Comm, numerics: Numerics, model: YOLO, 
         standing=Standing(state, model),
         ledger=ledger,
         unreadable=unreadable,
+        member=member or Fixed(),
         data_hash=train_split.content_hash + val_split.content_hash,
     )
 

@@ -62,6 +62,12 @@ class Hook:
     def before_train(self) -> None:
         """Called once, before the first step."""
 
+    def after_change(self) -> None:
+        """Called when the workers of an elastic job are together again: the run may have gone back to its last update."""
+
+    def missed_step(self, record: StepRecord) -> None:
+        """Called for a step that others completed where it failed on this worker."""
+
     def after_step(self, record: StepRecord, batch: Any) -> None:
         """Called after each global batch; ``batch`` is this worker's share."""
 

@@ -70,6 +70,9 @@ class WriteLedger(Hook):
         if self._job.progress.last_update_step == record.step:
             self._follow()
 
+    def after_change(self) -> None:
+        self._follow()
+
     def after_train(self) -> None:
         self._follow()
         self._close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import platform
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,63 +14,92 @@ import torch
 
 from horoyolo import __version__
 from horoyolo.config import AUTO_BATCH, Config, InputError
-from horoyolo.data.scan import scan_split
-from horoyolo.data.spec import load_data_spec
+from horoyolo.data.scan import Split, scan_split
+from horoyolo.data.spec import DataSpec, load_data_spec
 from horoyolo.distributed.comm import Comm, open_comm
+from horoyolo.elastic.member import Member, open_member
+from horoyolo.elastic.state import ElasticComm
 from horoyolo.engine.auto_batch import settle_batch
 from horoyolo.engine.build import Training, build_model_for, build_training
 from horoyolo.engine.device import cycle_time_ms, numerics_for, pick_device
+from horoyolo.engine.generations import train_elastic
 from horoyolo.engine.stop import stop_on_signals
 from horoyolo.engine.synchronise import synchronise
-from horoyolo.engine.train import train
+from horoyolo.engine.train import Outcome, is_finished, train, watched
 from horoyolo.engine.unreadable import check_share
 from horoyolo.engine.watch import build_hooks
+from horoyolo.model.yolo import YOLO
 from horoyolo.report.logs import log_to_file, start_logs
+from horoyolo.report.monitor import import_writers
 
 log = logging.getLogger("horoyolo")
 
 T = TypeVar("T")
 
 
-def start_training(config: Config, on_ready: Callable[[], None]) -> bool:
+def start_training(config: Config, on_ready: Callable[[], None], elastic: bool = False) -> bool:
     """Trains as ``config`` says. True: done; False: stopped on request, to be resumed.
 
-    ``on_ready`` is called when signals are understood as requests to stop.
+    ``on_ready`` is called when signals are understood as requests to stop. ``elastic``: as one worker of an elastic job, started by its agent.
     Raises InputError for what the user should mend, before anything is written.
     """
+    member = open_member(os.environ) if elastic else None
     spec = load_data_spec(config.data)
     model = build_model_for(config, spec.num_classes, spec.names)
+    cv2.setNumThreads(1)  # images are decoded beside the network's own threads
+    if member is not None:
+        return start_member(config, spec, model, member, on_ready)
     comm = open_comm(cycle_time_ms(config))
     start_logs(comm.rank(), comm.size())
     if 0 < config.batch < comm.size():
         raise InputError(f"batch = {config.batch} over {comm.size()} workers; at least one image for each is wanted")
-    cv2.setNumThreads(1)  # images are decoded beside the network's own threads
     numerics = numerics_for(pick_device(config.device, comm.local_rank()), config.precision)
-    splits = once_per_host(comm, lambda: (scan_split(spec, "train"), scan_split(spec, "val")))
+    splits = once_per_host(comm, lambda: scan(spec, config))
     if config.batch == AUTO_BATCH:
         config = dataclasses.replace(config, batch=settle_batch(config, comm, numerics, model, len(splits[0])))
-    for split in splits:
-        check_share(split.report, config.max_bad_share)
     job = build_training(config, comm, numerics, model, *splits, num_local=comm.local_size())
     synchronise(job)
     if is_finished(job):
         log.info("%s: finished already, after %d epochs", job.run.folder, job.sampler.epoch)
         return True
     open_folder(job)
-    for split in splits:
-        for line in split.report.lines():
-            log.info("%s", line)
-    with stop_on_signals() as stop:
+    hooks = build_hooks(job)
+    with stop_on_signals() as stop, watched(job, hooks):
         on_ready()
-        finished = train(job, build_hooks(job), stop)
+        for hook in hooks:
+            hook.before_train()
+        outcome = train(job, hooks, stop)
     comm.barrier()  # nobody leaves while rank 0 still writes: a launcher takes the first exit for the end
     comm.close()
-    return finished
+    return outcome is Outcome.DONE
 
 
-def is_finished(job: Training) -> bool:
-    """Whether nothing is left to train: all epochs are done, or scores no longer rose."""
-    return job.sampler.epoch >= job.config.epochs or job.progress.out_of_patience(job.config.recipe.patience)
+def start_member(config: Config, spec: DataSpec, model: YOLO, member: Member, on_ready: Callable[[], None]) -> bool:
+    """As ``start_training``, among workers that come and go. All that takes long is done before the others are asked for a place."""
+    if config.batch == AUTO_BATCH:
+        raise InputError("--batch -1 in an elastic job: workers that come later would find another size; name one (bench step --img lists what fits)")
+    start_logs(rank=1, size=2)  # before there are ranks: warnings alone
+    numerics = numerics_for(pick_device(config.device, member.slot), config.precision)
+    comm = ElasticComm(member)
+    splits = scan(spec, config)
+    job = build_training(config, comm, numerics, model, *splits, num_local=member.slots, member=member)
+    import_writers()  # by now, since any worker may become rank 0
+
+    def open_run() -> None:
+        start_logs(comm.rank(), comm.size())
+        open_folder(job)
+
+    with stop_on_signals() as stop:
+        on_ready()
+        return train_elastic(job, comm, member, stop, open_run) is not Outcome.STOPPED
+
+
+def scan(spec: DataSpec, config: Config) -> tuple[Split, Split]:
+    """The images and labels that training reads (InputError: too many are bad)."""
+    splits = scan_split(spec, "train"), scan_split(spec, "val")
+    for split in splits:
+        check_share(split.report, config.max_bad_share)
+    return splits
 
 
 def open_folder(job: Training) -> None:

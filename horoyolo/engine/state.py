@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-TENSORS = ("model", "ema", "optimizer", "compressor")  # the parts that change in updates alone
+IN_UPDATES = ("model", "ema", "optimizer", "compressor", "ledger")  # the parts that change in updates alone
 
 
 class TrainingError(RuntimeError):
@@ -95,8 +95,8 @@ class TrainState:
             part.load_state_dict(state[name])
 
     def figures(self) -> dict[str, Any]:
-        """The state of the small parts: counters, mostly."""
-        return {name: part.state_dict() for name, part in self._parts.items() if name not in TENSORS}
+        """The state of the parts that change between updates too: counters, mostly."""
+        return {name: part.state_dict() for name, part in self._parts.items() if name not in IN_UPDATES}
 
     def load_figures(self, figures: dict[str, Any]) -> None:
         """Takes back what ``figures`` gave."""
@@ -107,6 +107,7 @@ class TrainState:
 class Position(NamedTuple):
     """How far a worker is; a larger one is further. Updates that were left out count too, since they used up images."""
 
+    returns: int  # to an earlier state, after updates that were not finite
     last_update_step: int
     epoch: int
 
@@ -127,7 +128,8 @@ class Standing:
     @property
     def position(self) -> Position:
         """Where that is."""
-        return Position(self.figures["progress"]["last_update_step"], self.figures["sampler"]["epoch"])
+        progress = self.figures["progress"]
+        return Position(progress["returns"], progress["last_update_step"], self.figures["sampler"]["epoch"])
 
     @property
     def update(self) -> int:

@@ -24,7 +24,7 @@ from horoyolo.engine.transfer import broadcast_state, fingerprint
 
 log = logging.getLogger("horoyolo")
 
-NOWHERE = Position(-1, -1)  # of a newcomer
+NOWHERE = Position(-1, -1, -1)  # of a newcomer
 
 
 class Disagreement(RuntimeError):
@@ -60,6 +60,8 @@ def synchronise(job: Training) -> None:
     check_weights(job)
     job.begun = True
     job.standing.mark()
+    while job.recent and job.recent[-1].step > job.progress.step:
+        job.recent.pop()  # after the last update: it will be taken again
 
 
 def claim_of(job: Training) -> Claim:
@@ -129,9 +131,12 @@ def catch_up(job: Training, claims: Sequence[Claim], root: int) -> None:
         job.exchange.reset()
     if all(claim.position == told.position for claim in claims):
         return
-    state = broadcast_state(job.state.state_dict() if job.comm.rank() == root else None, job.comm, root)
+    given = {"state": job.state.state_dict(), "recent": list(job.recent)} if job.comm.rank() == root else None
+    given = broadcast_state(given, job.comm, root)
     if mine.position != told.position:
-        take_over(job, state, mine, told)
+        take_over(job, given["state"], mine, told)
+        job.recent.clear()
+        job.recent.extend(given["recent"])
 
 
 def take_over(job: Training, state: dict[str, Any], mine: Claim, told: Claim) -> None:
@@ -140,7 +145,7 @@ def take_over(job: Training, state: dict[str, Any], mine: Claim, told: Claim) ->
     Where others completed the update that failed here, they got all that this worker sent in it, so what is its own is that of this update. A
     newcomer has nothing of its own: it takes the statistics too, and no residuals.
     """
-    if mine.position.last_update_step == told.position.last_update_step:  # others have finished the epoch besides
+    if mine.position[:2] == told.position[:2]:  # others have finished the epoch besides
         job.standing.go_back()
         job.exchange.reset()
         has_own = True

@@ -7,6 +7,8 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -31,54 +33,83 @@ class Asks(NamedTuple):
     stop: float = 0  # with a checkpoint, after the next update
     save: float = 0  # a checkpoint after the next update
     news: float = 0  # to hear of images that can't be read any more
+    change: float = 0  # workers are to come or to go, after the next update
 
 
-def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> bool:
-    """Trains to the last epoch, or until scores no longer rise. True: done; False: stopped on request, with a checkpoint to resume from."""
-    for hook in hooks:
-        hook.before_train()
+class Outcome(Enum):
+    """How a generation of workers ended, for an ordinary job the only one."""
+
+    DONE = "done"
+    STOPPED = "stopped"  # on request, with a checkpoint to resume from
+    CHANGE = "change"  # workers are to come or to go
+
+
+def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> Outcome:
+    """Trains to the last epoch, until scores no longer rise, or until all agree after an update to stop or to change."""
+    member = job.member
+    member.enter("start")  # loaders start, and kernels are chosen
     stop.watch(job.run.folder)
     job.commits.offer(job)
-    try:
-        while job.sampler.epoch < job.config.epochs:
-            epoch, started_s = job.sampler.epoch, time.perf_counter()
-            for batch, data_s in timed(job.loader):
-                record, asked = train_step(job, batch, data_s, stop.pending)
-                for hook in hooks:
-                    hook.after_step(record, batch)
-                if job.progress.last_update_step != job.progress.step:
-                    continue
-                if job.progress.skipped_updates == MOST_SKIPPED:
-                    go_back(job)
-                    for hook in hooks:
-                        hook.after_return()
-                    break
-                job.commits.offer(job)
-                too_many = len(job.unreadable.files) > job.config.max_bad_share * len(job.train_split)
-                if asked.stop or asked.save or too_many:
-                    job.save_checkpoint(whole_state(job))
-                if too_many:
-                    raise TrainingError(f"{len(job.unreadable.files)} images can't be read any more, of {len(job.train_split)}: see max_bad_share")
-                if asked.stop:
-                    stop.heeded()
-                    log.info("stopped on request after step %d; --resume goes on from there", job.progress.step)
-                    return False
-            if job.sampler.consumed < job.sampler.num_samples:
-                continue  # the run went back, perhaps to an earlier epoch
-            epoch_record = finish_epoch(job, epoch, started_s)
+    while not is_finished(job):
+        epoch, started_s = job.sampler.epoch, time.perf_counter()
+        for batch, data_s in timed(job.loader):
+            record, asked = train_step(job, batch, data_s, stop.pending)
+            member.step = record.step
+            job.recent.append(record)
             for hook in hooks:
-                hook.after_epoch(epoch_record)
-            job.comm.barrier()  # the epoch is over when rank 0 has written what came of it
-            job.standing.mark()
-            if job.progress.out_of_patience(job.config.recipe.patience):
-                best, patience = job.progress.best_epoch + 1, job.config.recipe.patience
-                log.info("no better score for %d epochs: training ends; epoch %d was the best (--patience)", patience, best)
+                hook.after_step(record, batch)
+            job.exchange.measure()  # may ask the others, so it comes when the step is on record
+            member.enter("step")
+            if job.progress.last_update_step != job.progress.step:
+                continue
+            if job.progress.skipped_updates == MOST_SKIPPED:
+                go_back(job)
+                job.recent.clear()
+                for hook in hooks:
+                    hook.after_return()
                 break
+            job.commits.offer(job)
+            too_many = len(job.unreadable.files) > job.config.max_bad_share * len(job.train_split)
+            if asked.stop or asked.save or too_many:
+                with member.phase("other"):
+                    job.save_checkpoint(whole_state(job))
+            if too_many:
+                raise TrainingError(f"{len(job.unreadable.files)} images can't be read any more, of {len(job.train_split)}: see max_bad_share")
+            if asked.stop:
+                stop.heeded()
+                log.info("stopped on request after step %d; --resume goes on from there", job.progress.step)
+                return Outcome.STOPPED
+            if asked.change:
+                return Outcome.CHANGE
+        if job.sampler.consumed < job.sampler.num_samples:
+            continue  # the run went back, perhaps to an earlier epoch
+        member.enter("other")
+        epoch_record = finish_epoch(job, epoch, started_s)
+        for hook in hooks:
+            hook.after_epoch(epoch_record)
+        job.comm.barrier()  # the epoch is over when rank 0 has written what came of it
+        job.standing.mark()
+        if job.progress.out_of_patience(job.config.recipe.patience):
+            best, patience = job.progress.best_epoch + 1, job.config.recipe.patience
+            log.info("no better score for %d epochs: training ends; epoch %d was the best (--patience)", patience, best)
+    return Outcome.DONE
+
+
+def is_finished(job: Training) -> bool:
+    """Whether nothing is left to train: all epochs are done, or scores no longer rose."""
+    return job.sampler.epoch >= job.config.epochs or job.progress.out_of_patience(job.config.recipe.patience)
+
+
+@contextmanager
+def watched(job: Training, hooks: list[Hook]) -> Iterator[None]:
+    """Tells ``hooks``, and those that join them meanwhile, of the end of training, however it comes. What is being written is finished."""
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.after_train()
+        hooks.clear()
         job.background.wait()
-    return True
 
 
 def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
@@ -103,7 +134,7 @@ def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> 
 
     # What the loss is divided by depends on labels and anchors alone: it is summed over workers while forward runs.
     started_s = time.perf_counter()
-    asks = Asks(stop_pending, job.checkpoint_is_due(), job.unreadable.has_news(batch.failed))
+    asks = Asks(stop_pending, job.checkpoint_is_due(), job.unreadable.has_news(batch.failed), job.member.change_wanted)
     ahead = comm.allreduce_async(known_ahead(job, batch, asks), "step.ahead")
     has_images = len(batch.images) > 0
     # Without images there is nothing to compute, but a synchronised BatchNorm waits for every worker.
@@ -146,7 +177,6 @@ def train_step(job: Training, batch: Any, data_s: float, stop_pending: bool) -> 
         progress.last_update_step = progress.step
         note_update(job, finite=math.isfinite(exchange.norm))
         job.standing.mark()
-        job.exchange.measure()
     record = StepRecord(
         step=progress.step,
         epoch=epoch,

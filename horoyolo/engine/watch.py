@@ -26,13 +26,16 @@ CURVES_EVERY_S = 60.0
 def build_hooks(job: Training) -> list[Hook]:
     """What watches this worker: all of it on rank 0; who writes the ledger is seen to at each update."""
     everywhere: list[Hook] = [WriteLedger(job)]
-    if job.comm.rank() != 0:
-        return everywhere
-    return [*everywhere, TellRecipe(job), RecordFigures(job), ShowProgress(job), WarnSlowNetwork(), DrawPlots(job), Diagnose(job)]
+    return [*everywhere, *build_recording_hooks(job)] if job.comm.rank() == 0 else everywhere
+
+
+def build_recording_hooks(job: Training) -> list[Hook]:
+    """What rank 0 has besides."""
+    return [TellRecipe(job), RecordFigures(job), ShowProgress(job), WarnSlowNetwork(), DrawPlots(job), Diagnose(job)]
 
 
 class TellRecipe(Hook):
-    """At the start, what is out of the ordinary about the recipe."""
+    """At the start, what is out of the ordinary about data and recipe."""
 
     def __init__(self, job: Training) -> None:
         self._job = job
@@ -40,6 +43,8 @@ class TellRecipe(Hook):
     def before_train(self) -> None:
         job = self._job
         counts = class_counts(job.train_split, job.model.num_classes)
+        for line in (*job.train_split.report.lines(), *job.val_split.report.lines()):
+            log.info("%s", line)
         for line in recipe_lines(job.config, job.model, job.loss, job.schedule, counts):
             log.info("%s", line)
 
@@ -57,20 +62,36 @@ class Diagnose(Hook):
 
 
 class RecordFigures(Hook):
-    """steps.csv, results.csv and TensorBoard events; a resumed run goes on where its checkpoint stood."""
+    """steps.csv, results.csv and TensorBoard events; a resumed run goes on where its checkpoint stood.
+
+    Who takes this over in an elastic job adds the steps that the rank 0 before it died without writing.
+    """
 
     def __init__(self, job: Training) -> None:
         self._job = job
         self._open()
+        for record in list(job.recent):
+            if record.step > self._steps.last_step:
+                self.missed_step(record)
 
     def _open(self) -> None:
-        folder, step = self._job.run.folder, self._job.progress.step
-        self._steps = CsvWriter(folder / "steps.csv", STEP_COLUMNS, step)
-        self._epochs = CsvWriter(folder / "results.csv", EPOCH_COLUMNS, step)
-        self._events = TensorBoardWriter(folder / "tensorboard", step)
+        folder, progress = self._job.run.folder, self._job.progress
+        self._steps = CsvWriter(folder / "steps.csv", STEP_COLUMNS, progress.step)
+        # An epoch whose last update is done may still be evaluated again.
+        self._epochs = CsvWriter(folder / "results.csv", EPOCH_COLUMNS, progress.step - (progress.epoch_images > 0))
+        self._events = TensorBoardWriter(folder / "tensorboard", progress.step)
+
+    def after_change(self) -> None:
+        progress = self._job.progress
+        if self._steps.last_step > progress.step or (progress.epoch_images and self._epochs.last_step == progress.step):
+            self._close()
+            self._open()
+
+    def missed_step(self, record: StepRecord) -> None:
+        self.after_step(record, None)
 
     def after_return(self) -> None:
-        self.after_train()
+        self._close()
         self._open()
 
     def after_step(self, record: StepRecord, batch: Any) -> None:
@@ -84,6 +105,9 @@ class RecordFigures(Hook):
         self._events.write(record.step, {f"epoch/{name}": value for name, value in figures.items()})
 
     def after_train(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         writers: tuple[Writer, ...] = (self._steps, self._epochs, self._events)
         for writer in writers:
             writer.close()

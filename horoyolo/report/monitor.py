@@ -46,9 +46,11 @@ class CsvWriter:
         self._name = path.name
         self._waiting = b""
         self._told = False
+        self.last_step = int(kept[-1]["step"]) if kept else 0  # of the newest row
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends a row; ``metrics`` holds every column, None for a figure that there is none of."""
+        self.last_step = step
         self._waiting += self._lines([metrics]).encode()
         try:
             self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
@@ -90,6 +92,11 @@ class TensorBoardWriter:
     def close(self) -> None:
         with suppress(OSError):  # told before
             self._writer.close()
+
+
+def import_writers() -> None:
+    """What takes long when the first writer is made."""
+    import torch.utils.tensorboard  # noqa: F401
 
 
 class Progress:

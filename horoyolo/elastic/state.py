@@ -1,0 +1,83 @@
+"""Collectives among workers that change: one Comm through all generations of an elastic job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from horoyolo.distributed.comm import Comm, Handle, HorovodComm, LocalComm, Op, import_horovod
+from horoyolo.elastic.member import Member, Place
+
+
+class ElasticComm(Comm):
+    """The workers of the present generation; between generations there is nobody to talk to.
+
+    Horovod reads its environment anew each time it is initialised. A generation of one needs no Horovod.
+    """
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._now: Comm | None = None
+
+    def join(self, place: Place) -> None:
+        """Takes this worker's place in a generation; all its workers do so together.
+
+        Where one of them dies meanwhile, Horovod aborts this process: save first what must not be lost.
+        """
+        os.environ.update(place.env)
+        with self._member.joining():
+            if place.size == 1:
+                self._now = LocalComm()
+            else:
+                hvd = import_horovod(place.size)
+                # Horovod 0.28 crashes when it is initialised again with both the fusion threshold and the cycle time given (it writes to an empty
+                # vector of what is left to tune): its cycle is then 1 ms.
+                os.environ.pop("HOROVOD_CYCLE_TIME", None)
+                hvd.init()
+                self._now = HorovodComm(hvd, waiting=lambda: self._member.phase("wait"))
+
+    def leave(self) -> None:
+        """Ends the generation for this worker. When it returns nothing of it reads or writes this worker's memory any more."""
+        if self._now is not None:
+            with self._member.phase("wait"):
+                self._now.close()
+            self._now = None
+        self._member.left()
+
+    @property
+    def _comm(self) -> Comm:
+        if self._now is None:
+            raise RuntimeError("a collective between two generations")
+        return self._now
+
+    def rank(self) -> int:
+        return self._comm.rank()
+
+    def size(self) -> int:
+        return self._comm.size()
+
+    def local_rank(self) -> int:
+        return self._comm.local_rank()
+
+    def local_size(self) -> int:
+        return self._comm.local_size()
+
+    def allreduce_async(self, tensor: Tensor, name: str, op: Op = "sum") -> Handle:
+        return self._comm.allreduce_async(tensor, name, op)
+
+    def allgather_async(self, tensor: Tensor, name: str) -> Handle:
+        return self._comm.allgather_async(tensor, name)
+
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
+        return self._comm.alltoall_async(tensor, splits, name)
+
+    def broadcast_async(self, tensor: Tensor, name: str, root: int = 0) -> Handle:
+        return self._comm.broadcast_async(tensor, name, root)
+
+    def group(self, ranks: Sequence[int]) -> Comm:
+        return self._comm.group(ranks)
+
+    def close(self) -> None:
+        self.leave()

@@ -1,0 +1,157 @@
+"""Training in an elastic job: one generation of workers after another, each going on where the one before stood."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from horoyolo.distributed.comm import CommBroken
+from horoyolo.elastic.member import Member, Place
+from horoyolo.elastic.state import ElasticComm
+from horoyolo.engine.build import Training
+from horoyolo.engine.commit import Commits, local_state, restore
+from horoyolo.engine.hooks import Hook
+from horoyolo.engine.runs import Run
+from horoyolo.engine.stop import StopRequest
+from horoyolo.engine.synchronise import synchronise
+from horoyolo.engine.train import Outcome, is_finished, train, watched, whole_state
+from horoyolo.engine.watch import RecordFigures, build_hooks, build_recording_hooks
+
+log = logging.getLogger("horoyolo")
+
+RUN_NOTE = "run"  # a file in memory with the name of the run's folder
+
+
+def recall(job: Training, memory: Path | None) -> None:
+    """Stands where the worker before this one in its slot stood, where there was one: joining a generation in which somebody dies ends a process.
+
+    From now on copies of the state are kept in ``memory``, which outlives this process.
+    """
+    if memory is None:
+        return
+    job.commits = Commits(memory)
+    note = memory / RUN_NOTE
+    kept = job.commits.latest() if note.exists() else None
+    if kept is not None:
+        restore(job, kept[1])
+        job.run, job.begun = Run(Path(note.read_text())), True
+        job.standing.mark()
+
+
+def keep(job: Training, memory: Path | None) -> None:
+    """Copies to ``memory`` where this worker stands: at its last update, whatever was begun since."""
+    if memory is not None and job.begun:
+        job.commits.save(state_at_mark(job), job.standing.update)
+
+
+def note_run(job: Training, memory: Path | None) -> None:
+    """Leaves the name of the run's folder beside the copies in ``memory``."""
+    if memory is None:
+        return
+    try:
+        memory.mkdir(parents=True, exist_ok=True)
+        (memory / RUN_NOTE).write_text(str(job.run.folder.absolute()))
+    except OSError as error:
+        log.warning("%s: %s; a worker that takes this one's place will have no copy of its state", memory, error.strerror)
+
+
+def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRequest, open_run: Callable[[], None]) -> Outcome:
+    """Trains through all changes of workers. CHANGE: this worker has left for good, the others go on.
+
+    ``open_run`` is called when this worker knows its rank and the run's folder, in each generation.
+    """
+    recall(job, member.memory)
+    hooks: list[Hook] = []
+    with watched(job, hooks):
+        while True:
+            member.ready()
+            keep(job, member.memory)
+            place = member.wait_place()
+            try:
+                comm.join(place)
+                outcome = train_generation(job, place, hooks, stop, open_run)
+                if outcome is Outcome.CHANGE:
+                    leaving = end_in_order(job, member)
+                    comm.leave()
+                    if leaving:
+                        member.say("left")
+                        return outcome
+                else:
+                    with watched(job, hooks):
+                        pass
+                    comm.barrier()  # nobody leaves while rank 0 still writes
+                    comm.leave()
+                    if outcome is Outcome.DONE:
+                        member.say("done")
+                    return outcome
+            except CommBroken as error:
+                log.warning("generation %d broke after step %d: %s", place.generation, job.progress.step, str(error).splitlines()[0])
+                member.broken()
+                # In this block: the frames that it came through still hold what was handed to collectives.
+                comm.leave()
+
+
+def train_generation(job: Training, place: Place, hooks: list[Hook], stop: StopRequest, open_run: Callable[[], None]) -> Outcome:
+    """Brings this generation's workers together, and trains until it ends."""
+    last_step = job.recent[-1].step if job.recent else None
+    memory = job.member.memory
+    with job.member.phase("start"):
+        synchronise(job)
+        note_run(job, memory)
+        open_run()
+        watch(job, hooks, last_step)
+    if place.stop:
+        job.save_checkpoint(whole_state(job))
+        return Outcome.STOPPED
+    if is_finished(job):
+        if last_step is not None:  # rank 0 may have died before it had written the last checkpoint
+            job.save_checkpoint(whole_state(job))
+        return Outcome.DONE
+    return train(job, hooks, stop)
+
+
+def watch(job: Training, hooks: list[Hook], last_step: int | None) -> None:
+    """Hooks for a worker that begins, more of them for one that has become rank 0; the others hear what they missed since ``last_step``."""
+    if not hooks:
+        hooks += build_hooks(job)
+        for hook in hooks:
+            hook.before_train()
+        return
+    missed = [record for record in job.recent if last_step is not None and record.step > last_step]
+    for hook in hooks:
+        hook.after_change()
+        for record in missed:
+            hook.missed_step(record)
+    if job.comm.rank() == 0 and not any(isinstance(hook, RecordFigures) for hook in hooks):
+        recording = build_recording_hooks(job)
+        for hook in recording:
+            hook.before_train()
+        hooks += recording
+
+
+def end_in_order(job: Training, member: Member) -> bool:
+    """What workers that leave for good have not sent yet goes to the first that stays. Whether this worker leaves."""
+    member.wait_change()
+    comm, rank = job.comm, job.comm.rank()
+    everyone = comm.allgather_object((member.leaving, bool(job.compressor.rank_state_dict())))
+    heir = next((other for other, (leaves, _) in enumerate(everyone) if not leaves), None)
+    for giver, (leaves, has_residuals) in enumerate(everyone):
+        if not (leaves and has_residuals) or heir is None:
+            continue
+        given = comm.broadcast_object(job.compressor.rank_state_dict() if rank == giver else None, giver)
+        if rank == heir:
+            own = job.compressor.rank_state_dict()
+            job.compressor.load_rank_state_dict(own | {name: own[name] + part if name in own else part for name, part in given.items()})
+    return member.leaving
+
+
+def state_at_mark(job: Training) -> dict[str, Any]:
+    """What ``commit.local_state`` gives, of this worker's last update."""
+    state = local_state(job)
+    buffers = {name: kept for (name, _), kept in zip(job.model.named_buffers(), job.standing.buffers, strict=True)}
+    state["shared"] |= job.standing.figures
+    state["shared"]["model"] = {name: buffers.get(name, value) for name, value in state["shared"]["model"].items()}
+    state["own"]["buffers"] = buffers
+    return state
