@@ -16,8 +16,11 @@ SMALLEST_SIDE_PX = 2.0  # boxes with both sides below are learned by nobody
 
 def closeness(boxes_wh: np.ndarray, anchors_wh: np.ndarray) -> np.ndarray:
     """How near each box (n, 2) is to its best anchor (k, 2): (n,), 1 for the same size, 1/4 where a side differs by a factor of 4."""
-    ratio = boxes_wh[:, None] / anchors_wh[None]  # (n, k, 2)
-    return np.minimum(ratio, 1 / ratio).min(2).max(1)
+    width, height = np.log(boxes_wh).T  # (n,) each: in logarithms a factor is a distance, either way
+    distance = np.full(len(boxes_wh), np.inf)
+    for anchor_width, anchor_height in np.log(anchors_wh):  # one at a time, within the cache
+        np.minimum(distance, np.maximum(np.abs(width - anchor_width), np.abs(height - anchor_height)), out=distance)
+    return np.exp(-distance)
 
 
 def best_possible_recall(boxes_wh: np.ndarray, anchors_wh: np.ndarray, anchor_t: float) -> float:
@@ -42,7 +45,7 @@ def fit_anchors(boxes_wh: np.ndarray, count: int, anchor_t: float, seed: int = 0
         raise ValueError(f"no box has a side of {SMALLEST_SIDE_PX:g} px")
     if len(boxes_wh) > MOST_BOXES:
         boxes_wh = rng.choice(boxes_wh, MOST_BOXES, replace=False)
-    anchors = np.exp(_kmeans(np.log(boxes_wh), count, rng))  # in logarithms distances are ratios, which is what matching looks at
+    anchors = np.exp(_kmeans(np.log(boxes_wh), count, rng))  # in logarithms too
     best = fitness(boxes_wh, anchors, anchor_t)
     for _ in range(generations):
         step = np.exp(rng.normal(0, 0.1, anchors.shape) * (rng.random(anchors.shape) < 0.5))

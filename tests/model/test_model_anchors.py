@@ -20,9 +20,9 @@ def boxes_around(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def test_closeness_by_hand() -> None:
     boxes, anchors = np.array([[10.0, 20.0], [8.0, 8.0]]), np.array([[10.0, 10.0], [2.0, 8.0]])
-    assert closeness(boxes, anchors).tolist() == [0.5, 0.8]
+    assert closeness(boxes, anchors) == pytest.approx([0.5, 0.8])
     assert best_possible_recall(boxes, anchors, 1.9) == 0.5
-    assert fitness(boxes, anchors, 1.9) == 0.4
+    assert fitness(boxes, anchors, 1.9) == pytest.approx(0.4)
     assert best_possible_recall(np.zeros((0, 2)), anchors, 4.0) == 1.0
 
 
