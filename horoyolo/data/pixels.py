@@ -11,6 +11,7 @@ import hashlib
 import mmap
 import os
 import socket
+import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from horoyolo.data.decode import Image
 FORMAT = "horoyolo pixels 1"  # change it with how images are decoded or stored
 MEMORY = Path("/dev/shm")
 FREE_SHARE = 0.1  # of a host's memory or disk that a cache leaves free
+ABANDON_TRIES = 10  # a tenth of a second apart
 GIGABYTE = 1e9
 
 
@@ -89,9 +91,15 @@ class PixelCache:
         return view
 
     def abandon(self) -> None:
-        """Removes the file if no training process holds it any more: for loader processes whose parent was killed."""
-        if self.file.parent == MEMORY:
+        """Removes the file if no training process holds it any more: for loader processes whose parent was killed.
+
+        The kernel closes the files of a killed process one by one: the news of its end may come before its hold is gone.
+        """
+        for _ in range(ABANDON_TRIES):
+            if self.file.parent != MEMORY or not self.file.exists():
+                return
             _remove_unused(self.file)
+            time.sleep(0.1)
 
     def _map(self) -> bool:
         try:
@@ -137,10 +145,13 @@ def open_cache(room: Room, files: Sequence[Path], shapes_hw: np.ndarray, purpose
 
 
 def memory_room() -> Room:
-    """What this host's memory, and the limit of its control group, leave for caches."""
-    info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    """What this host's memory, and the limit of its control group, leave for caches. Raises NoRoom where there is no /dev/shm."""
+    try:
+        info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        shm = os.statvfs(MEMORY)
+    except OSError as error:
+        raise NoRoom(f"{error.filename}: {error.strerror}") from None
     total, free = (int(info[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    shm = os.statvfs(MEMORY)
     free = min(free, shm.f_bavail * shm.f_frsize)
     with contextlib.suppress(OSError, ValueError):  # no limit, or none to be seen
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from horoyolo.data.pixels import MEMORY, NoRoom, PixelCache, Room, disk_room, memory_room, open_cache
+from horoyolo.data.synthetic import write_synthetic
 
 SHAPES = np.array([(40, 60), (64, 32), (1, 1)] * 4)
 PLENTY = 2**40
@@ -111,13 +113,56 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert cache.file.exists()
 
 
+TRAINING = """
+import os, signal, sys
+from horoyolo.config import Config, override
+from horoyolo.data.build import build_sampler, build_train_data
+from horoyolo.data.loader import build_train_loader
+from horoyolo.data.scan import scan_split
+from horoyolo.data.spec import load_data_spec
+
+class Alone:
+    rank = lambda self: 0
+    size = lambda self: 1
+
+if __name__ == "__main__":
+    config = override(Config(img=64, batch=2), {"input.cache": "ram"}, "")
+    split = scan_split(load_data_spec(sys.argv[1]), "train")
+    dataset = build_train_data(config, split)
+    batches = iter(build_train_loader(dataset, build_sampler(config, split, 32), Alone(), 1))
+    next(batches)
+    print(dataset.cache.file, dataset.cache.file.exists(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_loaders_of_a_killed_training_process_give_its_memory_back(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "set", 6)
+    (tmp_path / "program.py").write_text(TRAINING)
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "set" / "data.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as program:
+        assert program.stdout is not None
+        file, existed = program.stdout.readline().split()
+    assert existed == "True"
+    deadline = time.monotonic() + 20
+    while Path(file).exists():
+        assert time.monotonic() < deadline, "20 s after it was killed its memory is still taken"
+        time.sleep(0.1)
+
+
 def test_a_cache_that_would_not_fit_is_refused_before_anything_is_made(files: list[Path], tmp_path: Path) -> None:
     needed = PixelCache(tmp_path / "any", SHAPES).num_bytes
     for folder in (MEMORY, tmp_path / "cache"):
-        before = set(folder.iterdir()) if folder.exists() else set()
         with pytest.raises(NoRoom, match="are needed"):
-            open_cache(Room(folder, needed + 50, 1000), files, SHAPES, "test")  # a tenth of 1000 stays free
-        assert set(folder.iterdir()) == before
+            open_cache(Room(folder, needed + 50, 1000), files, SHAPES, "too large")  # a tenth of 1000 stays free
+        roomy = open_cache(Room(folder, needed + 100, 1000), files, SHAPES, "too large")  # to learn its name
+        made = roomy.file
+        del roomy
+        gc.collect()
+        made.unlink(missing_ok=True)
+        with pytest.raises(NoRoom):
+            open_cache(Room(folder, needed + 50, 1000), files, SHAPES, "too large")
+        assert not made.exists()
     with pytest.raises(NoRoom, match="pixels: "):  # more than there is, whatever the figures said
         open_cache(Room(tmp_path / "cache", 2**62, 1), files[:1], np.array([(2**24, 2**24)]), "test")
     assert not list((tmp_path / "cache").iterdir())
