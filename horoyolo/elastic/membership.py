@@ -97,7 +97,7 @@ class Generation:
     broken_s: float = 0.0
     interrupted: bool = False
     deaths: int = 0
-    statuses: list[int] = field(default_factory=list)  # of members that ended by themselves
+    statuses: list[int] = field(default_factory=list)  # of members that ended after all had joined
 
 
 class Membership:
@@ -201,11 +201,11 @@ class Membership:
             del self.workers[name]
         elif self.generation is None and status > 0 and status not in ABORTED:
             self._finish(status if status == 2 else 1, f"worker {name} failed before the first step (exit status {status})")
-        elif worker.state == JOINING and status in ABORTED and self.generation and self.generation.state == BROKEN:
+        elif worker.state == JOINING and self.generation and self.generation.state == BROKEN:  # most abort, some fail
             self._lines.append(f"worker {name} was joining generation {worker.generation}, which is broken: it is started again")
             self._remove(worker, now)
         else:
-            if self._is_current(worker) and self.generation:
+            if self._is_current(worker) and self.generation and worker.state == UP:
                 self.generation.statuses.append(status)
             self._count_fault(worker, describe(status), now)
             self._remove(worker, now)

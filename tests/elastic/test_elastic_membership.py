@@ -247,6 +247,17 @@ def test_who_aborts_in_a_broken_rendezvous_is_started_again_at_once(world):
     assert third not in world.up()
 
 
+def test_workers_that_fail_to_join_do_not_end_the_job(world):
+    world.end(world.up()[0], KILLED)
+    world.decide()
+    world.decide()
+    for place in world.form.places:  # one dies, and the others' initialisation fails
+        world.end(place.worker, KILLED if place.rank == 1 else 1)
+    world.run(60)
+    assert not world.finish
+    assert len(world.up()) == 4
+
+
 def test_too_few_wait_and_then_stop_with_a_checkpoint(world):
     world.lose("a")
     for name in [name for name in world.up() if world.slot.get(name) == ("b", 0)]:
