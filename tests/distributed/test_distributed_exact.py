@@ -94,12 +94,21 @@ def test_evaluation_and_frozen_layers_are_left_alone() -> None:
     model[0].weight.requires_grad_(False)
     plain = copy.deepcopy(model)
     wide_grads = convert_exact(model)
-    assert torch.equal(model.eval()(images(3)), plain.eval()(images(3)))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images(3)), plain.eval()(images(3)))
     model.train()(images(3)).sum().backward()
     assert not wide_grads.of(model[0].weight).any()
     assert wide_grads.of(model[2].weight).any()
     ErrorFeedback(ExactSum(wide_grads)).start(build_buckets(model.named_parameters(), 25.0)[0], LocalComm()).finish()
     assert not wide_grads.of(model[2].weight).any()  # used
+
+
+def test_layers_in_eval_mode_are_exact_while_others_train() -> None:
+    """Frozen layers: what comes of an image must not depend on its neighbours there either."""
+    model = build_model()
+    convert_exact(model)
+    model.eval()
+    assert torch.equal(model(images(16)), torch.cat([model(part) for part in images(16).split([3, 13])]))
 
 
 def test_other_layers_are_refused() -> None:
