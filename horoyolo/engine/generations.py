@@ -74,6 +74,9 @@ def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRe
                 outcome = train_generation(job, place, hooks, stop, open_run)
                 if outcome is Outcome.CHANGE:
                     leaving = end_in_order(job, member)
+                    if leaving:
+                        with watched(job, hooks):  # while this worker still has a rank
+                            pass
                     comm.leave()
                     if leaving:
                         member.say("left")
