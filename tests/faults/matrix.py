@@ -22,7 +22,7 @@ from stock import STOCK, NotStarted  # noqa: E402
 from horoyolo.data.synthetic import write_synthetic  # noqa: E402
 
 NUM_IMAGES = 200  # 160 to train on: ten global batches
-CONTROL_EPOCHS = 40  # more steps than any row makes
+CONTROL_STEPS = 60  # what a row makes, for most
 
 
 def main(words: list[str]) -> int:
@@ -30,7 +30,7 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/faults.sh", description="Faults done to an elastic training on three hosts of a lab. Needs root.")
     parser.add_argument("--rows", nargs="+", default=None, metavar="ROW", help=f"some of {' '.join(row.number for row in ROWS)}")
     parser.add_argument("--repeat", type=int, default=1, help="all of it so often")
-    parser.add_argument("--control", type=int, default=CONTROL_EPOCHS, metavar="EPOCHS", help="of the undisturbed run that all are compared with")
+    parser.add_argument("--control", type=int, default=CONTROL_STEPS, metavar="STEPS", help="of the undisturbed run that all are compared with")
     parser.add_argument("--stock", action="store_true", help="after that, what stock Horovod does in the rows that a plain script shows")
     parser.add_argument("--json", default="", metavar="FILE")
     parser.add_argument("--keep", default="", metavar="DIR", help="leave run folders and logs there")
@@ -60,13 +60,13 @@ def main(words: list[str]) -> int:
     return 0 if all(each["held"] for each in found) else 1
 
 
-def new_rig(lab: Lab, folder: Path, control_epochs: int) -> Rig:
+def new_rig(lab: Lab, folder: Path, control_steps: int) -> Rig:
     """Data and the undisturbed run, in ``folder``."""
     data = folder / "data"
     if not data.exists():
         write_synthetic(data, NUM_IMAGES, seed=0)
     (folder / "control").mkdir(exist_ok=True)
-    control = Control.run(lab, data / "data.yaml", folder / "control", control_epochs)
+    control = Control.run(lab, data / "data.yaml", folder / "control", control_steps)
     return Rig(lab, data / "data.yaml", folder, control)
 
 

@@ -37,12 +37,18 @@ class Control:
     rows: list[dict[str, str]]
 
     @staticmethod
-    def run(lab: Lab, data: Path, folder: Path, epochs: int) -> Control:
-        argv = [*PYTHON, *train_words(data, folder, epochs)]
-        done = lab.run("node1", argv, env=environment(folder), timeout=600)
-        if done.returncode:
-            raise Failed(f"the undisturbed run ended with {done.returncode}: {done.stderr[-2000:]}")
-        return Control(read_rows(folder / "run" / "steps.csv"))
+    def run(lab: Lab, data: Path, folder: Path, steps: int) -> Control:
+        """Trains for so many steps."""
+        log = folder / "log.txt"
+        with log.open("w") as stream:
+            process = lab.popen("node1", [*PYTHON, *train_words(data, folder, MANY)], env=environment(folder), stdout=stream, stderr=stream)
+        while len(rows := read_rows(folder / "run" / "steps.csv")) < steps:
+            if process.poll() is not None:
+                raise Failed(f"the undisturbed run ended with {process.returncode}: {log.read_text()[-2000:]}")
+            time.sleep(0.2)
+        process.kill()
+        process.wait()
+        return Control(rows)
 
 
 @dataclass
