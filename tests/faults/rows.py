@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -18,6 +19,7 @@ from horoyolo.engine.checkpoint import newest_checkpoint
 
 THREE = "node1 slots=1, node2 slots=1, node3 slots=1"
 TWO = "node1 slots=1, node2 slots=1"
+STORM_EVENTS = 20
 WARM = 6  # steps before anything happens
 KILL_S, VANISH_S, LEASE_S, HANG_S = 2.5, 20.0, 15.0, 15.0
 SLACK_S = 5.0  # for processes to go when they have decided to
@@ -450,6 +452,39 @@ def ssh_refused(rig: Rig) -> Result:
         rig.lab.start_sshd("node3")
 
 
+def storm(rig: Rig) -> Result:
+    """Twenty kills, hosts that come and hosts that go, drawn from a seed."""
+    dice = random.Random(0)
+    slots = {"node1": 1, "node2": 1, "node3": 1}
+
+    def hosts() -> str:
+        return ", ".join(f"{host} slots={count}" for host, count in slots.items() if count)
+
+    with rig.job(hosts()) as job:
+        job.train_until(WARM, 3)
+        done: list[str] = []
+        while len(done) < STORM_EVENTS:
+            what = dice.choice(("kill", "join", "leave"))
+            pids = [pid for there in job.workers().values() for pid in there]
+            grow = [host for host, count in slots.items() if count < 2]
+            shrink = [host for host, count in slots.items() if count and sum(slots.values()) > 1]
+            if what == "kill" and len(pids) > 1:
+                kill(dice.choice(pids))
+            elif what == "join" and grow:
+                slots[dice.choice(grow)] += 1
+            elif what == "leave" and shrink:
+                slots[dice.choice(shrink)] -= 1
+            else:
+                continue
+            job.edit_hosts(hosts())
+            done.append(what)
+            time.sleep(dice.uniform(0, 3))
+            job.more_steps(2)
+        counts = ", ".join(f"{done.count(what)} {name}" for what, name in (("kill", "kills"), ("join", "joins"), ("leave", "leavings")))
+        sizes = [int(row["workers"]) for row in job.rows()]
+        return finished(job, f"{counts}; {min(sizes)} to {max(sizes)} workers, {len(sizes)} steps")
+
+
 def wants(job: Job, words: str, what: str) -> None:
     """Fails where the log lacks something."""
     if words not in job.log():
@@ -499,5 +534,6 @@ ROWS = [
     Row("18b", "NaN for 22 updates", "back to the last good state, lower rate", nan_for_long),
     Row("19", "clocks an hour apart, one steps back", "changes are seen, joins work", clock_skew),
     Row("20", "uneven shares", "equal steps", uneven_shares),
+    Row("21", "20 random kills, joins and leavings", "nothing lost, the same losses", storm),
     Row("20b", "ssh refused at the start", "the host is named, the others train", ssh_refused),
 ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from netlab import HostProcess, Lab
-from rig import environ, kill
+from rig import environ, environment, kill
 
 PEER = Path(__file__).resolve().parents[2] / "scripts" / "peers" / "stock_elastic.py"
 LIMIT_S = 90.0  # what has not happened by then is "never"
@@ -50,8 +50,7 @@ class Stock:
         sizes = ["-np", str(len(hosts)), "--min-np", "1", "--max-np", "3", "--host-discovery-script", str(script)]
         argv = ["horovodrun", *sizes, "--gloo", "--network-interface", "eth0", sys.executable, *words]
         log = self.log_file.open("w")
-        env = {"OMP_NUM_THREADS": "1", "HOROYOLO_FAULTS": str(folder)}
-        self.process: HostProcess = lab.popen("node1", argv, env=env, stdout=log, stderr=log)
+        self.process: HostProcess = lab.popen("node1", argv, env=environment(folder), stdout=log, stderr=log)
 
     def set_hosts(self, hosts: list[str]) -> None:
         self._hosts.write_text("".join(f"{host}:1\n" for host in hosts))
@@ -156,6 +155,7 @@ def host_removed(lab: Lab, folder: Path) -> str:
 
 def host_added(lab: Lab, folder: Path) -> str:
     with stock(lab, folder, ALL[:2]) as job:
+        (folder / "slow.node3").write_text("60")
         told = after(job, 3, lambda: job.set_hosts(ALL), START_S)
         job.wait(lambda rows: len({row.rank for row in rows if row.size == 3}) == 3)
         last = max((row.step for row in job.rows() if row.size == 3), default=0)
