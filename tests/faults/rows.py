@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -221,6 +222,15 @@ def disk_full(rig: Rig) -> Result:
         return result
     finally:
         rig.lab.unmount("node1", job.run_folder)
+
+
+def killed_while_saving(rig: Rig) -> Result:
+    script = Path(__file__).resolve().parents[2] / "scripts" / "kill_while_writing.py"
+    done = rig.lab.run("node1", [sys.executable, str(script), "--kills", "100"], timeout=900)
+    said = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode:
+        raise Failed(f"{said} {done.stderr.strip()[-500:]}")
+    return Result(said)
 
 
 def spoilt_checkpoint(rig: Rig) -> Result:
@@ -523,6 +533,7 @@ ROWS = [
     Row("7", "SIGSTOP", "found within 15 s, killed, left out", stopped_worker),
     Row("8", "out of memory (status 137)", "as 1; the reason is logged; its slot comes back", out_of_memory),
     Row("9", "disk full", "training goes on, earlier checkpoints stay good", disk_full),
+    Row("10", "kill -9 while a checkpoint is written, 100 times", "always one to go on from", killed_while_saving),
     Row("11", "bit flip and cut in checkpoints", "the one before is used, loudly", spoilt_checkpoint),
     Row("12", "bad images and labels", "left out and named; too many: a clean end", bad_files),
     Row("13", "images deleted during an epoch", "replaced alike on all, named", files_vanish),
