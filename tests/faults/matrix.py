@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "lab"), str(HERE.parents[1])]
 
 from netlab import Lab, LabError  # noqa: E402
-from rig import Control, Failed, Rig  # noqa: E402
+from rig import Control, Failed, Rig, read_rows  # noqa: E402
 from rows import ROWS, Result, Row  # noqa: E402
 from stock import STOCK, NotStarted  # noqa: E402
 
@@ -33,7 +33,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--control", type=int, default=CONTROL_STEPS, metavar="STEPS", help="of the undisturbed run that all are compared with")
     parser.add_argument("--stock", action="store_true", help="after that, what stock Horovod does in the rows that a plain script shows")
     parser.add_argument("--json", default="", metavar="FILE")
-    parser.add_argument("--keep", default="", metavar="DIR", help="leave run folders and logs there")
+    parser.add_argument("--keep", default="", metavar="DIR", help="leave run folders and logs there; the undisturbed run is used again")
     parsed = parser.parse_args(words)
     unknown = set(parsed.rows or []) - {row.number for row in ROWS}
     if unknown:
@@ -42,7 +42,7 @@ def main(words: list[str]) -> int:
 
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="faults-") as name, Lab.up(3) as lab:
-        folder = Path(parsed.keep or name)
+        folder = Path(parsed.keep or name).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         rig = new_rig(lab, folder, parsed.control)
         for repeat in range(parsed.repeat):
@@ -65,8 +65,9 @@ def new_rig(lab: Lab, folder: Path, control_steps: int) -> Rig:
     data = folder / "data"
     if not data.exists():
         write_synthetic(data, NUM_IMAGES, seed=0)
+    kept = Control(read_rows(folder / "control" / "run" / "steps.csv"))  # by --keep
     (folder / "control").mkdir(exist_ok=True)
-    control = Control.run(lab, data / "data.yaml", folder / "control", control_steps)
+    control = kept if len(kept.rows) >= control_steps else Control.run(lab, data / "data.yaml", folder / "control", control_steps)
     return Rig(lab, data / "data.yaml", folder, control)
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,13 @@ class Rig:
     data: Path
     folder: Path
     control: Control
-    jobs: int = field(default=0)
+    jobs: int = 1
 
     def new_job(self) -> Job:
         """A job that has not been started."""
-        self.jobs += 1
-        return Job(self, self.folder / f"job-{self.jobs}")
+        while (folder := self.folder / f"job-{self.jobs}").exists():
+            self.jobs += 1
+        return Job(self, folder)
 
     def job(self, hosts: str, **how: Any) -> AbstractContextManager[Job]:
         """A new job that is running; see ``running``."""
