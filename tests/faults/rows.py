@@ -380,16 +380,18 @@ def discovery_fails(rig: Rig) -> Result:
 
 def launcher_killed(rig: Rig) -> Result:
     with rig.job(THREE) as job:
-        job.train_until(WARM, 3)
+        job.train_until(12, 3)  # past the first checkpoint, of an epoch's end
         assert job.process is not None
         job.process.kill()
         job.process.wait()
         began_s = time.monotonic()
         job.until(lambda: not any(job.of_job(host) for host in rig.lab.hosts), "no process left", LEASE_S + SLACK_S, alive=False)
         gone_s = time.monotonic() - began_s
-        before = job.step()
+        before, mark = job.step(), len(job.log())
         job.launch("--resume", "auto")
         seconds = job.next_step(3, START_S, since=before)
+        if "resumed at step 10" not in job.log()[mark:]:
+            raise Failed(f"it did not go on from the checkpoint: {job.last_lines()}")
         return finished(job, f"no process left after {gone_s:.1f} s; started again it went on, at {before + 1} again after {seconds:.0f} s")
 
 
