@@ -140,9 +140,15 @@ def test_the_report_lists_exactly_what_was_broken(broken: tuple[Path, dict[str, 
     assert found | leaks == broken[1]
 
 
-def test_training_goes_on_with_what_is_usable_and_says_what_is_not(broken: tuple[Path, dict[str, set[str]]], tmp_path: Path) -> None:
+def test_training_stops_at_too_much_and_goes_on_with_what_is_usable_where_told_to(
+    broken: tuple[Path, dict[str, set[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["train", "--data", broken[0], "--cfg", "yolov5n", "--img", 64, "--batch", 64, "--epochs", 1, "--workers", 0, "--project", tmp_path]
     words += ["--noautoanchor", "--precision", "fp32"]
+    assert cli.main([*map(str, words)]) == 2
+    assert "40 of 130 images or their labels are corrupt" in capsys.readouterr().err
+    assert not (tmp_path / "exp").exists()
+    words += ["--set", "max_bad_share=0.5"]
     done = subprocess.run(
         [sys.executable, "-m", "horoyolo", *map(str, words)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
