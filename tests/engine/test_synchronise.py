@@ -1,0 +1,228 @@
+"""Workers as threads of one process: one misses the end of an update that the other completes, then a newcomer joins them."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from horoyolo.config import Config, InputError, override
+from horoyolo.data.scan import scan_split
+from horoyolo.data.spec import load_data_spec
+from horoyolo.data.synthetic import write_synthetic
+from horoyolo.distributed.comm import Comm, CommBroken, Handle, LocalComm
+from horoyolo.engine.build import Training, build_model_for, build_training
+from horoyolo.engine.device import numerics_for
+from horoyolo.engine.synchronise import synchronise
+from horoyolo.engine.train import train_step
+from horoyolo.engine.transfer import fingerprint
+
+TIMEOUT_S = 60.0
+
+
+class Board:
+    """Where the workers of a generation leave what they give to a collective."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._given: dict[tuple[str, int], dict[int, Any]] = defaultdict(dict)
+        self._changed = threading.Condition()
+
+    def exchange(self, key: tuple[str, int], rank: int, value: Any) -> Callable[[], list[Any]]:
+        with self._changed:
+            self._given[key][rank] = value
+            self._changed.notify_all()
+
+        def wait() -> list[Any]:
+            with self._changed:
+                assert self._changed.wait_for(lambda: len(self._given[key]) == self.size, TIMEOUT_S), key
+                return [self._given[key][other] for other in range(self.size)]
+
+        return wait
+
+
+class Waiting:
+    def __init__(self, wait: Callable[[], Any]) -> None:
+        self.wait = wait
+
+
+class BoardComm(LocalComm):
+    """A worker at a board, which may change; it does not hear the outcome of collectives whose name begins with ``deaf_to``."""
+
+    def __init__(self) -> None:
+        self.sit_at(Board(1), 0)
+        self.deaf_to = "nothing"
+
+    def sit_at(self, board: Board, rank: int) -> None:
+        self._board, self._rank, self._uses = board, rank, defaultdict[str, int](int)
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._board.size
+
+    def _begin(self, value: Any, name: str, finish: Callable[[list[Any]], Any]) -> Handle:
+        self._uses[name] += 1
+        wait = self._board.exchange((name, self._uses[name]), self._rank, value)
+
+        def end() -> Any:
+            if name.startswith(self.deaf_to):
+                raise CommBroken(name)
+            return finish(wait())
+
+        return Waiting(end)
+
+    def allreduce_async(self, tensor: Tensor, name: str, op: str = "sum") -> Handle:
+        return self._begin(tensor.clone(), name, lambda all_: tensor.copy_(sum(all_) if op == "sum" else torch.stack(all_).amax(0)))
+
+    def allgather_async(self, tensor: Tensor, name: str) -> Handle:
+        return self._begin(tensor.clone(), name, torch.cat)
+
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
+        parts = [part.clone() for part in tensor.split(list(splits))]
+
+        def take(all_: list[list[Tensor]]) -> tuple[Tensor, list[int]]:
+            mine = [given[self._rank] for given in all_]
+            return torch.cat(mine), [len(part) for part in mine]
+
+        return self._begin(parts, name, take)
+
+    def broadcast_async(self, tensor: Tensor, name: str, root: int = 0) -> Handle:
+        return self._begin(tensor.clone(), name, lambda all_: tensor.copy_(all_[root]))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("synthetic") / "data"
+    write_synthetic(folder, 20, seed=0)
+    return folder / "data.yaml"
+
+
+def config_for(data: Path, project: Path, **values: object) -> Config:
+    given = {"data": str(data), "cfg": "yolov5n", "img": 64, "batch": 4, "project": str(project), "device": "cpu", "precision": "fp32", "workers": 0}
+    return override(Config(), given | {"optim.nominal_batch": 0, "comms.overlap": "no", "recipe.autoanchor": False} | values, "test")
+
+
+def build(config: Config, comm: Comm) -> Training:
+    spec = load_data_spec(config.data)
+    splits = scan_split(spec, "train"), scan_split(spec, "val")
+    numerics = numerics_for(torch.device("cpu"), "fp32")
+    return build_training(config, comm, numerics, build_model_for(config, spec.num_classes, spec.names), *splits, num_local=1)
+
+
+def together(tasks: list[Callable[[], Any]]) -> list[Any]:
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        for future in as_completed(futures, TIMEOUT_S):
+            future.result()  # who fails tells why, not who waits for him
+        return [future.result() for future in futures]
+
+
+def meet(jobs: list[Training]) -> None:
+    board = Board(len(jobs))
+    for rank, job in enumerate(jobs):
+        job.comm.sit_at(board, rank)  # type: ignore[attr-defined]
+    together([lambda job=job: synchronise(job) for job in jobs])
+
+
+def step(jobs: list[Training], deaf: Training | None = None, deaf_to: str = "bucket.1") -> None:
+    """One global batch on all; ``deaf`` does not hear how the exchange ended."""
+
+    def one(job: Training) -> None:
+        batch = next(iter(job.loader))
+        if job is not deaf:
+            train_step(job, batch, 0.0, stop_pending=False)
+            return
+        job.comm.deaf_to = deaf_to  # type: ignore[attr-defined]
+        with pytest.raises(CommBroken):
+            train_step(job, batch, 0.0, stop_pending=False)
+        job.comm.deaf_to = "nothing"  # type: ignore[attr-defined]
+
+    together([lambda job=job: one(job) for job in jobs])
+
+
+def shared(job: Training) -> str:
+    state = job.state.state_dict()
+    del state["ema"]["model"]
+    state["model"] = dict(job.model.named_parameters())
+    return fingerprint([state | {"optimizer": state["optimizer"]["state"]}, dict(job.ema.model.named_parameters())])
+
+
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_an_update_that_one_survivor_completed_is_kept_by_all(data: Path, tmp_path: Path, compression: str) -> None:
+    config = config_for(data, tmp_path, **{"comms.compression": compression})
+    pairs = [[build(config, BoardComm()) for _ in range(2)] for _ in range(2)]
+    for jobs in pairs:
+        meet(jobs)
+        step(jobs)
+    (first, second), undisturbed = pairs
+    step(undisturbed)
+    # It has sent all of its own when it waits for the last sums of the second bucket.
+    step([first, second], deaf=second, deaf_to="bucket.1.sums" if compression == "int8" else "bucket.1")
+    assert (first.progress.step, second.progress.step) == (2, 1)
+
+    newcomer = build(config, BoardComm())
+    meet([second, newcomer, first])  # who is furthest need not be rank 0
+    assert [job.standing.position for job in (first, second, newcomer)] == [first.standing.position] * 3
+    assert len({shared(job) for job in (first, second, newcomer, *undisturbed)}) == 1
+    for mine, expected in zip((first, second), undisturbed, strict=True):
+        assert fingerprint(mine.rank_state()["residuals"]) == fingerprint(expected.rank_state()["residuals"])
+        assert fingerprint(mine.rank_state()["buffers"]) == fingerprint(expected.rank_state()["buffers"])
+    assert not newcomer.rank_state()["residuals"]
+    assert fingerprint(newcomer.rank_state()["buffers"]) == fingerprint(first.rank_state()["buffers"])
+    assert newcomer.run == first.run
+    step([second, newcomer, first])
+    assert len({shared(job) for job in (first, second, newcomer)}) == 1
+
+
+@pytest.mark.parametrize("deaf_to", ["step.ahead", "step.losses", "bucket.0"])
+def test_an_update_that_no_survivor_completed_is_done_again(data: Path, tmp_path: Path, deaf_to: str) -> None:
+    """The accumulation before it, too: everything is as after the last update, on both."""
+    config = config_for(data, tmp_path, **{"optim.nominal_batch": 8, "hyp.warmup_epochs": 0.0, "comms.compression": "int8"})
+    jobs = [build(config, BoardComm()) for _ in range(2)]
+    meet(jobs)
+    for _ in range(3):
+        step(jobs)
+    before = [(job.standing.position, job.standing.update, fingerprint(job.rank_state()["residuals"])) for job in jobs]
+    batches = [next(iter(job.loader)) for job in jobs]
+
+    def broken(job: Training, batch: Any) -> None:
+        job.comm.deaf_to = deaf_to  # type: ignore[attr-defined]
+        with pytest.raises(CommBroken):
+            train_step(job, batch, 0.0, stop_pending=False)
+        job.comm.deaf_to = "nothing"  # type: ignore[attr-defined]
+
+    together([lambda job=job, batch=batch: broken(job, batch) for job, batch in zip(jobs, batches, strict=True)])
+    meet(jobs)
+    for job, (position, update, residuals) in zip(jobs, before, strict=True):
+        assert job.standing.position == position
+        assert (job.progress.step, job.progress.update) == (2, update)
+        assert job.sampler.consumed == 8
+        assert fingerprint(job.rank_state()["residuals"]) == residuals
+        assert all(param.grad is None for param in job.model.parameters())
+    assert shared(jobs[0]) == shared(jobs[1])
+    step(jobs)
+    assert shared(jobs[0]) == shared(jobs[1])
+
+
+def test_a_newcomer_with_other_settings_is_turned_away(data: Path, tmp_path: Path) -> None:
+    running = build(config_for(data, tmp_path), BoardComm())
+    meet([running])
+    other = build(config_for(data, tmp_path, seed=1), BoardComm())
+    board = Board(2)
+    for rank, job in enumerate((running, other)):
+        job.comm.sit_at(board, rank)  # type: ignore[attr-defined]
+    running.comm.deaf_to = "broadcast_object"  # type: ignore[attr-defined]  # the newcomer ends, so that the next collective fails
+    with pytest.raises(InputError, match=r"settings on .* differ .*: seed"), ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(synchronise, job) for job in (running, other)]
+        with pytest.raises(CommBroken):
+            futures[0].result(TIMEOUT_S)
+        futures[1].result(TIMEOUT_S)
