@@ -55,6 +55,7 @@ def write_checkpoint(folder: Path, content: memoryview, step: int, keep: int, no
     outdated = _outdated(manifest, keep)
     for name in outdated:
         del manifest[name]
+    outdated += [path.name for path in folder.glob(FILES) if path.name not in manifest]  # and those of writers that were killed
     with atomic_file(folder / MANIFEST, "w") as stream:
         json.dump(manifest, stream, indent=1)
     for name in outdated:
@@ -138,7 +139,7 @@ def find_checkpoint(target: Path) -> tuple[Path, Path]:
 def _good_checkpoints(folder: Path, bad: list[Path]) -> Iterator[Path]:
     """Good checkpoints, newest first; those that were found to be bad on the way go to ``bad``."""
     manifest = _read_manifest(folder)
-    for name in sorted(manifest, reverse=True):
+    for name in sorted(manifest.keys() | {path.name for path in folder.glob(FILES)}, reverse=True):
         try:
             _good_content(folder / name, manifest)
         except InputError as error:
@@ -155,7 +156,10 @@ def _good_content(path: Path, manifest: Manifest) -> bytes:
         raise InputError(f"checkpoint {path}: {error.strerror}") from None
     known = manifest.get(path.name)
     if known is None:
-        raise InputError(f"checkpoint {path}: not a whole checkpoint")
+        # Its writer was killed before the manifest, or that was spoilt: torch keeps checksums inside, a CRC-32 of each tensor.
+        if not _is_sound(content):
+            raise InputError(f"checkpoint {path}: torn or changed since it was written (checksums inside differ); take an earlier one")
+        return content
     if len(content) != known["bytes"] or hashlib.sha256(content).hexdigest() != known["sha256"]:
         raise InputError(f"checkpoint {path}: torn or changed since it was written (SHA-256 differs); take an earlier one")
     return content
@@ -188,8 +192,7 @@ def _outdated(manifest: Manifest, keep: int) -> list[str]:
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    """What is known of each checkpoint. A file without an entry (its writer was killed, or the manifest was spoilt) is judged by the checksums that
-    torch keeps inside, CRC-32 of each tensor."""
+    """What is known of each checkpoint; where the manifest is spoilt, nothing."""
     try:
         manifest = _parse_manifest((folder / MANIFEST).read_text())
     except FileNotFoundError:
@@ -197,10 +200,6 @@ def _read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         log.error("%s is unreadable (%s): checkpoints are judged by the checksums inside them", folder / MANIFEST, error)
         manifest = {}
-    for path in folder.glob(FILES):
-        if path.name not in manifest and _is_sound(path):
-            content = path.read_bytes()
-            manifest[path.name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "step": int(path.stem.removeprefix("step-"))}
     return manifest
 
 
@@ -216,9 +215,9 @@ def _parse_manifest(text: str) -> Manifest:
     }
 
 
-def _is_sound(path: Path) -> bool:
+def _is_sound(content: bytes) -> bool:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return archive.testzip() is None
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):  # whatever a spoilt header leads to
         return False

