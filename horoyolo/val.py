@@ -9,7 +9,7 @@ from typing import Any
 
 from horoyolo.config import InputError
 from horoyolo.data.dataset import EvalDataset
-from horoyolo.data.loader import build_eval_loader, choose_num_workers
+from horoyolo.data.loader import build_eval_loader, choose_num_workers, ending
 from horoyolo.data.scan import scan_split
 from horoyolo.data.spec import load_data_spec
 from horoyolo.distributed.comm import open_comm
@@ -42,7 +42,8 @@ def validate(
         raise InputError(f"--img {img}: a multiple of {max(model.strides)}, the largest stride, is wanted")
     loader = build_eval_loader(EvalDataset(scanned, img, max(model.strides)), batch, comm, choose_num_workers(num_workers, comm.local_size()))
     model = model.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
-    metrics, _ = evaluate(model, loader, scanned, numerics, comm)
+    with ending(loader):
+        metrics, _ = evaluate(model, loader, scanned, numerics, comm)
     if comm.rank() == 0:
         print("\n".join(table(metrics)))
         for path in json_files:

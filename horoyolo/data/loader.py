@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -79,6 +80,22 @@ def build_train_loader(dataset: TrainDataset, sampler: Sampler, comm: Place, num
 def build_eval_loader(dataset: EvalDataset, batch: int, comm: Place, num_workers: int, pin_memory: bool = False) -> DataLoader[Any]:
     """A loader of `EvalBatch`es of up to `batch` images of one shape; over all workers each image comes exactly once."""
     return _build(dataset, _EvalBatches(dataset.shapes_hw, batch, comm), collate_eval, num_workers, pin_memory)
+
+
+@contextmanager
+def ending(*loaders: DataLoader[Any]) -> Iterator[None]:
+    """Ends the processes of ``loaders`` with the block, however that ends.
+
+    An exception's frames would keep them until the interpreter leaves, which then waits for ever: they don't heed the SIGTERM that it sends them.
+    """
+    try:
+        yield
+    finally:
+        for loader in loaders:
+            if loader.num_workers and loader._iterator is not None:
+                loader._iterator._shutdown_workers()  # type: ignore[attr-defined]  # as it does itself when nothing holds it any more
+                for process in loader._iterator._workers:  # type: ignore[attr-defined]
+                    process.kill()  # no more than a second wish, unless it is stuck
 
 
 def choose_num_workers(requested: int, local_size: int) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from horoyolo import __version__
 from horoyolo.config import AUTO_BATCH, Config, InputError
+from horoyolo.data.loader import ending
 from horoyolo.data.scan import Split, scan_split
 from horoyolo.data.spec import DataSpec, load_data_spec
 from horoyolo.distributed.comm import Comm, open_comm
@@ -58,17 +59,18 @@ def start_training(config: Config, on_ready: Callable[[], None], elastic: bool =
     if config.batch == AUTO_BATCH:
         config = dataclasses.replace(config, batch=settle_batch(config, comm, numerics, model, len(splits[0])))
     job = build_training(config, comm, numerics, model, *splits, num_local=comm.local_size())
-    synchronise(job)
-    if is_finished(job):
-        log.info("%s: finished already, after %d epochs", job.run.folder, job.sampler.epoch)
-        return True
-    open_folder(job)
-    hooks = build_hooks(job)
-    with stop_on_signals() as stop, watched(job, hooks):
-        on_ready()
-        for hook in hooks:
-            hook.before_train()
-        outcome = train(job, hooks, stop)
+    with ending(job.loader, job.val_loader):
+        synchronise(job)
+        if is_finished(job):
+            log.info("%s: finished already, after %d epochs", job.run.folder, job.sampler.epoch)
+            return True
+        open_folder(job)
+        hooks = build_hooks(job)
+        with stop_on_signals() as stop, watched(job, hooks):
+            on_ready()
+            for hook in hooks:
+                hook.before_train()
+            outcome = train(job, hooks, stop)
     comm.barrier()  # nobody leaves while rank 0 still writes: a launcher takes the first exit for the end
     comm.close()
     return outcome is Outcome.DONE
@@ -89,7 +91,7 @@ def start_member(config: Config, spec: DataSpec, model: YOLO, member: Member, on
         start_logs(comm.rank(), comm.size())
         open_folder(job)
 
-    with stop_on_signals() as stop:
+    with ending(job.loader, job.val_loader), stop_on_signals() as stop:
         on_ready()
         return train_elastic(job, comm, member, stop, open_run) is not Outcome.STOPPED
 
