@@ -70,9 +70,9 @@ def test_unknown_hyper_is_named_with_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", configuration.PRESETS)
 def test_presets_are_whole_hyper_parameter_files(name: str) -> None:
-    """Every key that a preset leaves out would silently be that of another preset."""
+    """Every key that a preset leaves out would silently be that of another preset. Label smoothing is a flag, of YOLOv5 too."""
     given = configuration.read_yaml(configuration.hyper_file(name), "a preset")
-    assert given.keys() | {"anchors"} == {field.name for field in dataclasses.fields(Hyper)}
+    assert given.keys() | {"anchors", "label_smoothing"} == {field.name for field in dataclasses.fields(Hyper)}
     hyper = configuration.load_hyper(Config(), name).hyp
     assert {key: getattr(hyper, key) for key in given} == given
 
@@ -114,7 +114,7 @@ def test_unreadable_yaml(tmp_path: Path, content: str | None, words: str) -> Non
         ("hyp.copy_paste", 1.5, "a probability"),
         ("precision", "fp8", "fp32"),
         ("recipe.activation", "selu", "did you mean 'silu'"),
-        ("recipe.box_loss", "iou", "ciou"),
+        ("recipe.box_loss", "iou", "did you mean 'giou'"),
         ("recipe.freeze", "backbone", "a number of layers"),
         ("recipe.freeze", "3,-1", "a number of layers"),
         ("recipe.patience", -1, "at least 0"),

@@ -75,9 +75,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
     None for a folder without any. Raises InputError where there are checkpoints and none is good.
     """
-    bad: list[Path] = []
+    bad: dict[Path, InputError] = {}
     newest = next(_good_checkpoints(folder, bad), None)
-    for path in bad:
+    for path, error in bad.items():
+        log.error("%s", error)
         if path.exists():
             path.replace(path.with_name(f"{path.name}.bad"))
             sync_folder(folder)
@@ -130,21 +131,24 @@ def find_checkpoint(target: Path) -> tuple[Path, Path]:
         run = target.parent.parent
     else:
         raise InputError(f"--resume {target}: no run folder or checkpoint there")
-    newest = next(_good_checkpoints(run / "checkpoints", []), None)
+    bad: dict[Path, InputError] = {}
+    newest = next(_good_checkpoints(run / "checkpoints", bad), None)
     if newest is None:
-        raise InputError(f"--resume {target}: no good checkpoint in {run / 'checkpoints'}")
+        why = "; ".join(map(str, bad.values())) or f"there is none in {run / 'checkpoints'}"
+        raise InputError(f"--resume {target}: no good checkpoint: {why}")
+    for error in bad.values():
+        log.error("%s; going on from %s", error, newest.name)
     return run, newest
 
 
-def _good_checkpoints(folder: Path, bad: list[Path]) -> Iterator[Path]:
-    """Good checkpoints, newest first; those that were found to be bad on the way go to ``bad``."""
+def _good_checkpoints(folder: Path, bad: dict[Path, InputError]) -> Iterator[Path]:
+    """Good checkpoints, newest first; those that were found to be bad on the way go to ``bad``, with what is wrong with them."""
     manifest = _read_manifest(folder)
     for name in sorted(manifest.keys() | {path.name for path in folder.glob(FILES)}, reverse=True):
         try:
             _good_content(folder / name, manifest)
         except InputError as error:
-            log.error("%s", error)
-            bad.append(folder / name)
+            bad[folder / name] = error
         else:
             yield folder / name
 
