@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 from collections.abc import Callable
-from typing import TypeVar
 
 import cv2
 import torch
@@ -17,7 +16,7 @@ from horoyolo.config import AUTO_BATCH, Config, InputError
 from horoyolo.data.loader import ending
 from horoyolo.data.scan import Split, scan_split
 from horoyolo.data.spec import DataSpec, load_data_spec
-from horoyolo.distributed.comm import Comm, open_comm
+from horoyolo.distributed.comm import open_comm
 from horoyolo.elastic.member import Member, open_member
 from horoyolo.elastic.state import ElasticComm
 from horoyolo.engine.auto_batch import settle_batch
@@ -34,8 +33,6 @@ from horoyolo.report.logs import log_to_file, start_logs
 from horoyolo.report.monitor import import_writers
 
 log = logging.getLogger("horoyolo")
-
-T = TypeVar("T")
 
 
 def start_training(config: Config, on_ready: Callable[[], None], elastic: bool = False) -> bool:
@@ -55,7 +52,7 @@ def start_training(config: Config, on_ready: Callable[[], None], elastic: bool =
     if 0 < config.batch < comm.size():
         raise InputError(f"batch = {config.batch} over {comm.size()} workers; at least one image for each is wanted")
     numerics = numerics_for(pick_device(config.device, comm.local_rank()), config.precision)
-    splits = once_per_host(comm, lambda: scan(spec, config))
+    splits = scan(spec, config)
     if config.batch == AUTO_BATCH:
         config = dataclasses.replace(config, batch=settle_batch(config, comm, numerics, model, len(splits[0])))
     job = build_training(config, comm, numerics, model, *splits, num_local=comm.local_size())
@@ -112,10 +109,3 @@ def open_folder(job: Training) -> None:
     log_to_file(job.run.logs, comm.rank())
     log.info("horoyolo %s, torch %s, %s on %s", __version__, torch.__version__, job.numerics.describe(), platform.node())
     log.info("%d workers, %d images in a global batch, run folder %s", comm.size(), job.config.batch, job.run.folder)
-
-
-def once_per_host(comm: Comm, scan: Callable[[], T]) -> T:
-    """``scan`` by the first worker of each host, then by the others, which find its cache."""
-    result = scan() if comm.local_rank() == 0 else None
-    comm.barrier()
-    return scan() if result is None else result
