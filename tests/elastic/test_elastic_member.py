@@ -42,6 +42,12 @@ class Agent:
             self._heard += self._lines.feed(self._channel.recv(4096))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _never_end() -> None:
+    """Threads of a member outlive their test: in this process they may end themselves alone, also long afterwards."""
+    pytest.MonkeyPatch().setattr("horoyolo.elastic.member.end", sys.exit)
+
+
 @pytest.fixture
 def ends() -> tuple[Member, Agent]:
     ours, theirs = socket.socketpair()

@@ -13,8 +13,9 @@ from horoyolo.data.synthetic import write_synthetic
 from horoyolo.distributed.comm import Comm, open_comm
 from horoyolo.engine.build import Training
 from horoyolo.engine.commit import copied, local_state
+from horoyolo.engine.hooks import Hook
 from horoyolo.engine.stop import StopRequest
-from horoyolo.engine.train import train
+from horoyolo.engine.train import Outcome, train, watched
 from horoyolo.engine.watch import WriteLedger
 
 COMPRESSIONS = ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd")
@@ -37,8 +38,10 @@ def run(data: Path, project: Path, comm: Comm, name: str, compression: str, stop
     """Trains until done or stopped; whether it was done, and this worker's state."""
     values = {"name": name, "epochs": EPOCHS, "comms.compression": compression, "comms.warmup_updates": 2}
     job = build_job(data, project, comm, **values)
-    done = train(job, [WriteLedger(job)], StopAt(job, stop_at))
-    return done, copied(local_state(job))
+    hooks: list[Hook] = [WriteLedger(job)]
+    with watched(job, hooks):
+        outcome = train(job, hooks, StopAt(job, stop_at))
+    return outcome is Outcome.DONE, copied(local_state(job))
 
 
 def main() -> None:

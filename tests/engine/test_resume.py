@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from horoyolo.engine.build import Training
 from horoyolo.engine.checkpoint import newest_checkpoint
 from horoyolo.engine.commit import copied, local_state
 from horoyolo.engine.stop import StopRequest
-from horoyolo.engine.train import train
+from horoyolo.engine.train import train, watched
 
 
 def differences(left: Any, right: Any, name: str = "") -> list[str]:
@@ -53,7 +54,8 @@ def test_one_worker_ends_with_the_same_bits(tiny: Path, tmp_path: Path, stop_at:
 
     def run(name: str, stop: Callable[[Training], StopRequest]) -> Training:
         job = build_job(tiny, tmp_path, LocalComm(), name=name, epochs=EPOCHS)
-        train(job, [], stop(job))
+        with watched(job, []):
+            train(job, [], stop(job))
         return job
 
     class StopAtOnce(StopAt):
@@ -78,9 +80,10 @@ def test_checkpoints_are_written_within_an_epoch_by_the_clock(tiny: Path, tmp_pa
             job.background.wait()
             return False
 
-    monkeypatch.setattr("horoyolo.engine.build.time.monotonic", lambda: clock_s)
+    monkeypatch.setattr("horoyolo.engine.build.time", SimpleNamespace(monotonic=lambda: clock_s))  # there alone: other threads live by the clock
     job.saved_s = clock_s
-    train(job, [], Later())
+    with watched(job, []):
+        train(job, [], Later())
     names = sorted(path.name for path in job.run.checkpoints.glob("*.pt"))
     assert names == ["step-00000003.pt", "step-00000004.pt"]  # after 150 s, and the end of the epoch
     path = newest_checkpoint(job.run.checkpoints)
