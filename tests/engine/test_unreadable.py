@@ -14,7 +14,7 @@ from horoyolo.engine.build import Training
 from horoyolo.engine.checkpoint import newest_checkpoint, read_checkpoint
 from horoyolo.engine.state import TrainingError
 from horoyolo.engine.stop import StopRequest
-from horoyolo.engine.train import train
+from horoyolo.engine.train import train, watched
 from horoyolo.engine.unreadable import Unreadable, check_share
 
 
@@ -67,7 +67,8 @@ def test_images_that_vanish_are_named_and_too_many_end_the_run(open_job: Callabl
             return False
 
     try:
-        with caplog.at_level(logging.WARNING, "horoyolo"), pytest.raises(TrainingError, match="3 images can't be read any more, of 8"):
+        refused = pytest.raises(TrainingError, match="3 images can't be read any more, of 8")
+        with caplog.at_level(logging.WARNING, "horoyolo"), refused, watched(job, []):
             train(job, [], Vanishing())
     finally:
         for path, content in kept.items():
