@@ -89,6 +89,10 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts.items()}
 
+    def missing_from(self, state: dict[str, Any]) -> list[str]:
+        """The parts that ``state`` lacks."""
+        return [name for name in self._parts if name not in state]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores every part (KeyError: the state lacks one)."""
         for name, part in self._parts.items():

@@ -90,6 +90,7 @@ def begin(job: Training) -> None:
     if comm.rank() == 0:
         try:
             opened = open_run(job.config)
+            check_parts(job, opened)
         except InputError as error:
             opened = error
     resumed = opened.resumed if isinstance(opened, Run) else None
@@ -109,6 +110,16 @@ def begin(job: Training) -> None:
     if is_resumed:
         log.info("resumed at step %d, epoch %d", job.progress.step, job.sampler.epoch)
         load_own(job)
+
+
+def check_parts(job: Training, run: Run) -> None:
+    """Raises InputError where the state that ``run`` was resumed from lacks a part of this version's."""
+    missing = job.state.missing_from(run.resumed) if run.resumed is not None else []
+    if missing:
+        raise InputError(
+            f"the checkpoint in {run.folder} is of another version of horoyolo: it has no {', '.join(missing)}; "
+            f"start a new run from what it learned: --weights {run.weights / 'last.pt'}"
+        )
 
 
 def load_own(job: Training) -> None:

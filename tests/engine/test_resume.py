@@ -12,9 +12,10 @@ import torch
 from resume_worker import COMPRESSIONS, EPOCHS, StopAt
 from small_run import build_job
 
+from horoyolo.config import InputError
 from horoyolo.distributed.comm import LocalComm
 from horoyolo.engine.build import Training
-from horoyolo.engine.checkpoint import newest_checkpoint
+from horoyolo.engine.checkpoint import newest_checkpoint, read_checkpoint, serialised, write_checkpoint
 from horoyolo.engine.commit import copied, local_state
 from horoyolo.engine.stop import StopRequest
 from horoyolo.engine.train import train, watched
@@ -88,3 +89,16 @@ def test_checkpoints_are_written_within_an_epoch_by_the_clock(tiny: Path, tmp_pa
     assert names == ["step-00000003.pt", "step-00000004.pt"]  # after 150 s, and the end of the epoch
     path = newest_checkpoint(job.run.checkpoints)
     assert path is not None
+
+
+def test_a_checkpoint_of_another_version_is_refused_with_a_way_on(tiny: Path, tmp_path: Path) -> None:
+    job = build_job(tiny, tmp_path, LocalComm(), epochs=1)
+    with watched(job, []):
+        train(job, [], StopRequest())
+    path = newest_checkpoint(job.run.checkpoints)
+    assert path is not None
+    state = read_checkpoint(path)
+    del state["ledger"]
+    write_checkpoint(job.run.checkpoints, serialised(state), job.progress.step + 1, keep=1, notes={})
+    with pytest.raises(InputError, match=r"of another version of horoyolo: it has no ledger; .*--weights .*last\.pt"):
+        build_job(tiny, tmp_path, LocalComm(), epochs=2)
