@@ -36,7 +36,7 @@ def own_address(host: str) -> str:
 
 def interface_of(address: str) -> str:
     """The interface of this machine that has an IPv4 address; '' when none has it."""
-    return next((name for _, name in socket.if_nameindex() if address_of(name) == address), "")
+    return next((name for _, name in socket.if_nameindex() if address and address_of(name) == address), "")
 
 
 def address_of(interface: str) -> str:

@@ -56,6 +56,7 @@ def test_bad_flags_are_told_in_one_line(flags, says, train, capsys, monkeypatch,
 def test_the_dry_run_says_what_each_host_would_run(train, hosts, capsys, monkeypatch):
     monkeypatch.setenv("HOROVOD_LOG_LEVEL", "info")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert main(["launch", "--min-np", "1", "--hostfile", str(hosts), "--dry-run", "--", *train]) == 0
     here, there, env, job = capsys.readouterr().out.splitlines()
     assert shlex.split(here, comments=True)[-3:-1] == ["-m", "horoyolo.elastic.agent"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from horoyolo.config import InputError
 from horoyolo.launch.command import LAUNCHERS, build_command, direct_command, horovodrun_command, launcher_folder, mpirun_command
 from horoyolo.launch.hosts import Host, local_hosts
-from horoyolo.launch.interface import interface_to
+from horoyolo.launch.interface import interface_of, interface_to
 from horoyolo.launch.job import Job
 from horoyolo.launch.remote import Ssh
 
@@ -147,6 +147,7 @@ def test_no_interface_leads_to_hosts_that_are_here_or_nowhere(monkeypatch):
     assert interface_to(local_hosts(2)) == ""
     monkeypatch.setattr(socket.socket, "connect", lambda *_: (_ for _ in ()).throw(OSError("no such name")))
     assert interface_to([Host("nowhere", 1)]) == ""
+    assert interface_of("") == ""  # also where an interface has no address
 
 
 def test_the_interface_is_the_one_that_the_kernel_would_send_by():
