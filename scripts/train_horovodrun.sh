@@ -18,6 +18,8 @@ environment=(
     MALLOC_TOP_PAD_=67108864
     MALLOC_TRIM_THRESHOLD_=4294967296
     NCCL_DEBUG=WARN
+    # a worker that waits gives its core to those that compute
+    OMPI_MCA_mpi_yield_when_idle=1
     # programs of the same Python first, and before them an ssh that notices dead hosts
     PATH=/opt/horoyolo/launch/bin:/opt/horoyolo/bin:/usr/local/bin:/usr/bin:/bin
 )

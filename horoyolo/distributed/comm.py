@@ -20,7 +20,7 @@ from torch import Tensor
 from horoyolo.config import InputError
 
 Op = Literal["sum", "max"]
-YIELD_S, REST_S = 0.05, 0.001  # how long to wait for a collective without sleep, and a sleep then
+REST_S, LONGEST_REST_S = 5e-5, 1e-3  # sleeps between two looks at a collective under way: the first, and when it takes long
 REDUCIBLE = (torch.float32, torch.float64, torch.float16, torch.int32, torch.int64)
 
 
@@ -246,13 +246,12 @@ class HorovodComm(Comm):
 
         def wait() -> Any:
             with self._waiting():
-                # Horovod's own wait yields its core in a loop as long as it takes: on a slow link that keeps a core from others for seconds.
-                rest_from_s = time.perf_counter() + YIELD_S
+                # Horovod's own wait yields its core in a loop. Where every core has a worker, that takes it from the threads that move the bytes:
+                # an exchange took twice as long. Sleeping a twentieth of what has passed ends it hardly later.
+                started_s = time.perf_counter()
                 while not self._hvd.poll(handle):
-                    if time.perf_counter() < rest_from_s:
-                        os.sched_yield()
-                    else:
-                        time.sleep(REST_S)
+                    passed_s = time.perf_counter() - started_s
+                    time.sleep(min(max(REST_S, passed_s / 20), LONGEST_REST_S))
                 try:
                     outcome = self._hvd.synchronize(handle)
                 except self._failure as error:

@@ -20,6 +20,7 @@ from typing import Any
 from horoyolo.config import InputError
 from horoyolo.files import atomic_file
 from horoyolo.launch.command import build_command
+from horoyolo.launch.environment import YIELD
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.interface import interface_to
 from horoyolo.launch.job import Job
@@ -239,7 +240,7 @@ def _measure_over_mpi(cluster: Cluster, ssh: Ssh) -> dict[str, Any]:
     except InputError as error:
         return {"skipped": str(error)}
     failed = {"host": cluster.hosts[0].name, "command": shlex.join(argv)}
-    env = {**os.environ, "OMPI_MCA_mpi_yield_when_idle": "1"}
+    env = {**os.environ, **YIELD}
     try:
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=MPI_LIMIT_S, env=env, check=False)
     except subprocess.TimeoutExpired:
@@ -255,9 +256,7 @@ def _measure_over_mpi(cluster: Cluster, ssh: Ssh) -> dict[str, Any]:
 def mpi_command(cluster: Cluster, ssh: Ssh) -> list[str]:
     """What measures over MPI: one process on each host, started as a job of this launcher would be. Raises InputError as that does."""
     worker = (sys.executable, "-c", "from horoyolo.launch.doctor import measure_mpi; measure_mpi()")
-    # Idle processes let others compute: with fewer cores than busy processes, figures are of the cores otherwise.
-    env = {"OMPI_MCA_mpi_yield_when_idle": "1"}
-    job = Job(len(cluster.hosts), worker, env, transport="mpi", nic=cluster.nic, ssh=ssh, as_root=os.geteuid() == 0, cwd=cluster.workdir)
+    job = Job(len(cluster.hosts), worker, YIELD, transport="mpi", nic=cluster.nic, ssh=ssh, as_root=os.geteuid() == 0, cwd=cluster.workdir)
     return build_command(job, [dataclasses.replace(host, slots=1, max_slots=None) for host in cluster.hosts], "mpirun")
 
 

@@ -52,6 +52,7 @@ VARIABLES = {
     "HOROVOD_FUSION_THRESHOLD": "gradients come in large buckets already: fusing them would be one copy more",
     "HOROVOD_GLOO_TIMEOUT_SECONDS": "how long workers wait for the one that starts last",
     "MALLOC_ARENA_MAX": "keep freed memory instead of getting it anew from the kernel at each step",
+    "OMPI_MCA_mpi_yield_when_idle": "a worker that waits gives its core to those that compute",
     "PATH": "programs of the same Python first, and before them an ssh that notices dead hosts",
 }
 

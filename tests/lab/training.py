@@ -14,8 +14,8 @@ from netlab import HostProcess, Lab
 TIMEOUT_S = 240
 LOSSES = ("box_loss", "obj_loss", "cls_loss", "loss")
 EPOCHS = 2  # of three steps
-# The hosts share this machine's cores and don't know: each worker would take all of them, and MPI would never let go of one.
-ENV = {"OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
+# The hosts share this machine's cores and don't know: each worker would take all of them.
+ENV = {"OMP_NUM_THREADS": "1"}
 HOROYOLO = [sys.executable, "-m", "horoyolo"]
 
 
