@@ -59,11 +59,11 @@ class Place:
         return f"{self.num_workers} workers on {where}"
 
     def job(self, argv: Sequence[str], peer: bool = False) -> Job:
-        """Workers with one thread each. A peer gets none of the settings that training gives Horovod; how memory is kept is the same for all."""
+        """Workers with one thread each. A peer gets none of what training tells Horovod and MPI; how memory is kept is the same for all."""
         env = {**job_env(self.hosts, 1, os.environ), "OMP_NUM_THREADS": "1"}
         if peer:
             ours = worker_env(1, 1, os.environ)
-            env = {name: value for name, value in env.items() if not (name in ours and name.startswith("HOROVOD_"))}
+            env = {name: value for name, value in env.items() if not (name in ours and name.startswith(("HOROVOD_", "OMPI_")))}
         return Job(self.num_workers, tuple(argv), env, nic=self.nic, ssh=self.ssh, cwd=str(Path.cwd()), as_root=os.geteuid() == 0)
 
     def argv_on(self, host: Host, argv: Sequence[str]) -> list[str]:
