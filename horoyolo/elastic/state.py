@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 from torch import Tensor
 
 from horoyolo.distributed.comm import Comm, Handle, HorovodComm, LocalComm, Op, import_horovod
 from horoyolo.elastic.member import Member, Place
 
+DEFAULT_CYCLE_MS = 1.0  # Horovod's
+
+
+def set_one_of_two(env: MutableMapping[str, str], cycle_time_ms: float) -> None:
+    """Leaves Horovod either its cycle time or its fusion threshold.
+
+    Horovod 0.28.1 crashes when it is initialised again with both given: it writes to a vector of what is left to tune, which is empty then
+    (ParameterManager::BayesianParameter::SetValue). With the cycle time alone its fusion threshold is 4 MB, the first that its autotuning would
+    try: buckets are seldom so small.
+    """
+    if cycle_time_ms != DEFAULT_CYCLE_MS:
+        env.setdefault("HOROVOD_CYCLE_TIME", str(cycle_time_ms))
+    if "HOROVOD_CYCLE_TIME" in env:
+        env.pop("HOROVOD_FUSION_THRESHOLD", None)
+
 
 class ElasticComm(Comm):
     """The workers of the present generation; between generations there is nobody to talk to.
 
-    Horovod reads its environment anew each time it is initialised. A generation of one needs no Horovod.
+    Horovod reads its environment anew each time it is initialised. A generation of one needs no Horovod. ``cycle_time_ms`` as in ``open_comm``.
     """
 
-    def __init__(self, member: Member) -> None:
+    def __init__(self, member: Member, cycle_time_ms: float = DEFAULT_CYCLE_MS) -> None:
         self._member = member
+        self._cycle_time_ms = cycle_time_ms
         self._now: Comm | None = None
 
     def join(self, place: Place) -> None:
@@ -32,9 +48,7 @@ class ElasticComm(Comm):
                 self._now = LocalComm()
             else:
                 hvd = import_horovod(place.size)
-                # Horovod 0.28 crashes when it is initialised again with both the fusion threshold and the cycle time given (it writes to an empty
-                # vector of what is left to tune): its cycle is then 1 ms.
-                os.environ.pop("HOROVOD_CYCLE_TIME", None)
+                set_one_of_two(os.environ, self._cycle_time_ms)
                 hvd.init()
                 self._now = HorovodComm(hvd, waiting=lambda: self._member.phase("wait"))
 

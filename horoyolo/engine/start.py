@@ -79,7 +79,7 @@ def start_member(config: Config, spec: DataSpec, model: YOLO, member: Member, on
         raise InputError("--batch -1 in an elastic job: workers that come later would find another size; name one (bench step --img lists what fits)")
     start_logs(rank=1, size=2)  # before there are ranks: warnings alone
     numerics = numerics_for(pick_device(config.device, member.slot), config.precision)
-    comm = ElasticComm(member)
+    comm = ElasticComm(member, cycle_time_ms(config))
     splits = scan(spec, config)
     job = build_training(config, comm, numerics, model, *splits, num_local=member.slots, member=member)
     import_writers()  # by now, since any worker may become rank 0
