@@ -37,7 +37,8 @@ def test_horovod_begins_again_with_the_cycle_that_was_asked_for(cycle_time_ms):
     pytest.importorskip("horovod.torch", reason="Horovod is not installed (scripts/setup.sh builds it)")
     env = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
     env |= {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", AGAIN_AND_AGAIN, str(cycle_time_ms)], env=env, capture_output=True, text=True, timeout=120, check=False)
+    argv = [sys.executable, "-c", AGAIN_AND_AGAIN, str(cycle_time_ms)]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     waits_s = json.loads(done.stdout.splitlines()[-1])
     median_ms = waits_s[len(waits_s) // 2] * 1e3
