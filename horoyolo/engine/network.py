@@ -35,8 +35,6 @@ class WarnSlowNetwork(Hook):
         self._num_steps += 1
         step_s = record.data_s + record.forward_s + record.backward_s + record.exchange_wait_s
         self._quiet_s -= step_s
-        if self._num_steps <= SETTLING_STEPS:
-            return
         self._window.append((step_s, record.exchange_wait_s))
         while len(self._window) > FEWEST_STEPS and sum(seconds for seconds, _ in self._window) > WINDOW_S:
             self._window.popleft()
@@ -45,7 +43,8 @@ class WarnSlowNetwork(Hook):
         waited_s = sum(waited for _, waited in self._window)
         mean_s, share = waited_s / len(self._window), waited_s / sum(seconds for seconds, _ in self._window)
         usual_s = self._usual_s = min(self._usual_s or mean_s, mean_s)
-        if share > SHARE and mean_s > TIMES_USUAL * usual_s and self._quiet_s <= 0:
+        settled = self._num_steps > SETTLING_STEPS
+        if settled and share > SHARE and mean_s > TIMES_USUAL * usual_s and self._quiet_s <= 0:
             self._quiet_s = QUIET_S
             log.warning(
                 "the network has become slow: a step waits %.2f s for it, %.0f %% of its time, %.0f times as long as it did; a link or a host is "

@@ -35,6 +35,10 @@ def test_it_is_told_within_a_window(caplog: pytest.LogCaptureFixture) -> None:
     assert warnings(caplog, (100, record(0.1)), (round(WINDOW_S / 8) + 1, record(8.0))) == 1
 
 
+def test_it_is_told_soon_after_the_start_too(caplog: pytest.LogCaptureFixture) -> None:
+    assert warnings(caplog, (6, record(0.04)), (2, record(16.0))) == 1
+
+
 @pytest.mark.parametrize(
     "phases",
     [
