@@ -18,6 +18,7 @@ from horoyolo.engine.stop import StopRequest
 from horoyolo.engine.synchronise import synchronise
 from horoyolo.engine.train import Outcome, is_finished, train, watched, whole_state
 from horoyolo.engine.watch import RecordFigures, build_hooks, build_recording_hooks
+from horoyolo.report.logs import start_logs
 
 log = logging.getLogger("horoyolo")
 
@@ -100,6 +101,7 @@ def train_generation(job: Training, place: Place, hooks: list[Hook], stop: StopR
     """Brings this generation's workers together, and trains until it ends."""
     last_step = job.recent[-1].step if job.recent else None
     memory = job.member.memory
+    start_logs(job.comm.rank(), job.comm.size())
     with job.member.phase("start"):
         synchronise(job)
         note_run(job, memory)

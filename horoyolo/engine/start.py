@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 
 import cv2
 import torch
@@ -77,20 +78,16 @@ def start_member(config: Config, spec: DataSpec, model: YOLO, member: Member, on
     """As ``start_training``, among workers that come and go. All that takes long is done before the others are asked for a place."""
     if config.batch == AUTO_BATCH:
         raise InputError("--batch -1 in an elastic job: workers that come later would find another size; name one (bench step --img lists what fits)")
-    start_logs(rank=1, size=2)  # before there are ranks: warnings alone
+    start_logs(rank=None, size=2)
     numerics = numerics_for(pick_device(config.device, member.slot), config.precision)
     comm = ElasticComm(member, cycle_time_ms(config))
     splits = scan(spec, config)
     job = build_training(config, comm, numerics, model, *splits, num_local=member.slots, member=member)
     import_writers()  # by now, since any worker may become rank 0
 
-    def open_run() -> None:
-        start_logs(comm.rank(), comm.size())
-        open_folder(job)
-
     with ending(job.loader, job.val_loader), stop_on_signals() as stop:
         on_ready()
-        return train_elastic(job, comm, member, stop, open_run) is not Outcome.STOPPED
+        return train_elastic(job, comm, member, stop, partial(open_folder, job)) is not Outcome.STOPPED
 
 
 def scan(spec: DataSpec, config: Config) -> tuple[Split, Split]:

@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 
 
-def start_logs(rank: int, size: int) -> None:
-    """Sends the package's log to standard error: rank 0 everything, the others warnings and worse, with their name."""
+def start_logs(rank: int | None, size: int) -> None:
+    """Sends the package's log to standard error: rank 0 everything, the others (None: without a rank yet) warnings and worse, with their name."""
     root = logging.getLogger("horoyolo")
     root.setLevel(logging.INFO)
-    root.handlers.clear()
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+        handler.close()
     screen = logging.StreamHandler(sys.stderr)
     screen.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    screen.setFormatter(logging.Formatter("%(message)s" if size == 1 else f"[rank {rank} {socket.gethostname()}] %(message)s"))
+    who = socket.gethostname() if rank is None else f"rank {rank} {socket.gethostname()}"
+    screen.setFormatter(logging.Formatter("%(message)s" if size == 1 else f"[{who}] %(message)s"))
     root.addHandler(screen)
 
 

@@ -234,13 +234,13 @@ def killed_while_saving(rig: Rig) -> Result:
 
 
 def spoilt_checkpoint(rig: Rig) -> Result:
-    """The newest checkpoint gets a flipped bit, then the next one is cut short: each time the one before is used."""
-    with rig.job(TWO) as job:
+    """The newest checkpoint gets a flipped bit, the one before is cut short: that before them is used."""
+    with rig.job(TWO, words=["--set", "keep_checkpoints=3"]) as job:
         job.train_until(25, 2)
         job.stop()
         names = []
         for spoil in (flip_bit, cut_short):
-            newest = max((job.run_folder / "checkpoints").glob("*.pt"), key=lambda path: path.stat().st_mtime)
+            newest = max(path for path in (job.run_folder / "checkpoints").glob("step-????????.pt") if path.name not in names)
             names.append(newest.name)
             spoil(newest)
         before = job.step()
@@ -265,13 +265,13 @@ def cut_short(path: Path) -> None:
 
 
 def bad_files(rig: Rig) -> Result:
-    """An image of noise, a cut one, a label of NaN and one with a class that is not there: left out, named, and everybody goes on."""
+    """Images of noise and cut ones, labels of NaN and far outside: left out, named, everybody goes on. A class that is not there: refused."""
     data = own_data(rig, "bad")
     images, labels = sorted(data.glob("images/train/*")), sorted(data.glob("labels/train/*.txt"))
     images[0].write_bytes(b"\0" * 1000)
     cut_short(images[1])
     labels[2].write_text("0 nan 0.5 0.1 0.1\n")
-    labels[3].write_text("99 0.5 0.5 0.1 0.1\n")
+    labels[3].write_text("0 3.5 0.5 0.1 0.1\n")
     wrong = [path.name for path in (*images[:2], *labels[2:4])]
     with rig.job(TWO, data=data / "data.yaml") as job:
         job.train_until(WARM, 2)
@@ -280,6 +280,13 @@ def bad_files(rig: Rig) -> Result:
         if missing:
             raise Failed(f"{missing} are not named: {job.last_lines()}")
         result = finished(job, "four bad files were named, the rest was trained on", compare=False)
+    labels[4].write_text("99 0.5 0.5 0.1 0.1\n")
+    with rig.job(TWO, data=data / "data.yaml") as job:
+        status = job.wait(START_S)
+        wants(job, "class 99", "the class in a line")
+        if status != 2 or job.rows():
+            raise Failed(f"with a class that is not there the job ended with {status} after {job.step()} steps")
+    labels[4].unlink()
     for path in images[: len(images) // 2]:
         path.write_bytes(b"\0" * 1000)
     with rig.job(TWO, data=data / "data.yaml") as job:
@@ -325,7 +332,6 @@ def host_added(rig: Rig) -> Result:
         began_s = time.monotonic()
         job.edit_hosts(THREE)
         job.until(lambda: job.workers()["node3"], "a worker on node3", 60)
-        slow.unlink()  # it has read it
         before = job.step()
         job.next_step(3, 180)
         seconds = time.monotonic() - began_s

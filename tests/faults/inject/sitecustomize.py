@@ -1,8 +1,8 @@
 """What can go wrong inside a process, for tests: Python runs this at its start where the folder is on PYTHONPATH and HOROYOLO_FAULTS names a folder.
 
 Files there say what to do, the host's name behind a dot: ``clock.node2`` holds seconds by which ``time.time`` is off, read again at every call;
-``slow.node2`` seconds that a worker waits before it does anything. A worker that gets SIGUSR2 ends as one that was out of memory does, with
-status 137; after SIGRTMIN its next backward passes, as many as the file ``nan`` says, begin with a loss that is no number.
+``slow.node2`` seconds that the next worker there waits before it does anything. A worker that gets SIGUSR2 ends as one that was out of memory
+does, with status 137; after SIGRTMIN its next backward passes, as many as the file ``nan`` says, begin with a loss that is no number.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def install(folder: Path) -> None:
     signal.signal(signal.SIGRTMIN, lambda *_: poison(int((folder / "nan").read_text())))
     slow = folder / f"slow.{host}"
     if slow.exists():
-        time.sleep(float(slow.read_text()))
+        seconds = float(slow.read_text())
+        slow.unlink()
+        time.sleep(seconds)
 
 
 if os.environ.get("HOROYOLO_FAULTS"):
