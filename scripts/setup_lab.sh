@@ -30,8 +30,7 @@ if [ ! -e "$policy" ]; then
     chmod +x "$policy"
 fi
 echo "setup_lab: installing ${packages[*]}"
-apt-get update -qq
-DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null || {
+{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null; } || {
     echo "setup_lab: apt-get could not install ${packages[*]}; tests that need them will be skipped" >&2
     exit 0
 }
