@@ -2,7 +2,8 @@
 
 ``python -m horoyolo.launch.agent FOLDER`` makes the folder in which this host's workers leave notes (``status.py``) and talks in lines over its
 own input and output, which ssh carries: no port is open and no secret is needed. It says ``ready``, ``worker PID`` and ``status N``; it is told
-``alive``, again and again, ``signal N``, for every worker of this host, those that announce themselves later too, and ``end``.
+``alive``, again and again, ``signal N``, for every worker of this host, those that announce themselves later too, and ``end``. To the first
+signal it says ``signalled``, behind all workers that had announced themselves by then.
 
 After ``end``, when its input ends (the launcher or its ssh died) or when nothing came for LEASE_S (the network is gone), it kills every
 process of the job on this host and leaves. A process belongs to the job when it has the folder in its environment.
@@ -23,7 +24,7 @@ from horoyolo.launch.status import STATUS_DIR, announced_workers, reported_statu
 
 POLL_S = 0.1
 LEASE_S = 15.0
-READY, WORKER, STATUS = "ready", "worker", "status"
+READY, WORKER, STATUS, SIGNALLED = "ready", "worker", "status", "signalled"
 ALIVE, SIGNAL, END = "alive", "signal", "end"
 
 
@@ -33,6 +34,7 @@ class Agent:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.wanted_signal = 0
+        self._has_answered = False
         self._announced: set[int] = set()
         self._signalled: set[int] = set()
         self._passed_on: set[str] = set()
@@ -69,13 +71,17 @@ class Agent:
 
     def signal_workers(self) -> None:
         """Hand the signal that was asked for to each announced worker, once."""
-        waiting = self._announced - self._signalled
-        if not self.wanted_signal or not waiting:
+        if not self.wanted_signal:
             return
-        for pid in waiting & set(job_processes(self.folder)):  # the id of a worker that has ended may be somebody else's by now
+        waiting = self._announced - self._signalled
+        there = set(job_processes(self.folder)) if waiting else set()
+        for pid in waiting & there:  # the id of a worker that has ended may be somebody else's by now
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, self.wanted_signal)
         self._signalled |= waiting
+        if not self._has_answered:
+            self._has_answered = True
+            say(SIGNALLED)
 
 
 def say(line: str) -> None:

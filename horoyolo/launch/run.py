@@ -99,6 +99,7 @@ class _Agents:
         self.lost: list[str] = []  # hosts whose agent ended by itself
         self.num_ready = dict.fromkeys(processes, 0)  # agents
         self.num_workers = 0  # that have announced themselves
+        self._num_answers = 0  # of agents, to a signal
         self.statuses: list[int] = []
         self._processes = processes
         self._unread = dict.fromkeys(processes, b"")
@@ -107,6 +108,11 @@ class _Agents:
         for host, process in processes.items():
             assert process.stdout is not None
             self._selector.register(process.stdout, selectors.EVENT_READ, host)
+
+    @property
+    def have_answered(self) -> bool:
+        """Whether each agent that was handed a signal has told which workers there were."""
+        return self._num_answers == sum(self.num_ready.values())
 
     def listen(self, timeout_s: float) -> None:
         """Take in what agents say, for ``timeout_s`` at most, and keep them alive."""
@@ -161,6 +167,7 @@ class _Agents:
             if word == agent.READY:
                 self.num_ready[host] += 1
             self.num_workers += word == agent.WORKER
+            self._num_answers += word == agent.SIGNALLED
             if word == agent.STATUS:
                 self.statuses.append(int(number))
 
@@ -227,8 +234,8 @@ def _attend(process: subprocess.Popen, agents: _Agents, signals: SignalLog) -> N
         elif signals.first is not None and not told:
             told = True
             agents.tell(f"{agent.SIGNAL} {signals.first}")
-            if not agents.num_workers:
-                end_process(process)  # no worker has come far enough to have something to save
+        elif told and agents.have_answered and not agents.num_workers:
+            end_process(process)  # no worker has come far enough to have something to save
         else:
             agents.listen(POLL_S)
 
