@@ -42,7 +42,9 @@ def bench_elastic(parsed: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"machine": machine(), "settings": settings(parsed), "workers": place.num_workers}
     with orderly_end(), tempfile.TemporaryDirectory(dir=folder, prefix="elastic-") as name:
         data = Path(name) / "data"
-        write_synthetic(data, max(64, 4 * size.batch * size.num_workers), seed=0)
+        # All that is measured lies within one epoch: at its end a checkpoint is written, elastic or not.
+        one_epoch = (2 * WARM_STEPS + parsed.steps) * size.batch * size.num_workers
+        write_synthetic(data, one_epoch * 5 // 4, seed=0)  # every fifth image is not trained on
         ways = systems(place, size, data / "data.yaml", peers)
         if parsed.kills:
             report["recovery"] = measure_recovery(ways, place, Path(name), parsed)
