@@ -23,7 +23,7 @@ TWO = "node1 slots=1, node2 slots=1"
 STORM_EVENTS = 20
 WARM = 6  # steps before anything happens
 KILL_S, VANISH_S, LEASE_S, HANG_S = 2.5, 20.0, 15.0, 15.0
-RESTART_S = 15.0  # of workers that import everything anew
+LOSSY_S = 600.0  # for steps over a link that loses packets
 SLACK_S = 5.0  # for processes to go when they have decided to
 
 
@@ -107,7 +107,7 @@ def killed_again_and_again(rig: Rig) -> Result:
         seconds = job.next_step(2, 60)
         job.more_steps(3)
         again = "they started again, with their state" if "is started again" in job.log() else "the two others went on"
-        return finished(job, again, seconds, RESTART_S)
+        return finished(job, again, seconds, 2 * KILL_S)
 
 
 def out_of_memory(rig: Rig) -> Result:
@@ -175,7 +175,7 @@ def lossy_link(rig: Rig) -> Result:
         rig.lab.run("node3", ["iptables", "-A", *rule], check=True)
         try:
             began, before_s = job.step(), time.monotonic()
-            job.more_steps(4)  # 120 small exchanges each, and a lost packet costs 0.2 s
+            job.more_steps(15, LOSSY_S)  # 120 small exchanges each, and a lost packet costs 0.2 s
             rate = (job.step() - began) / (time.monotonic() - before_s)
         finally:
             rig.lab.run("node3", ["iptables", "-D", *rule])

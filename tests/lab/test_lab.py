@@ -55,7 +55,7 @@ def test_each_host_has_its_name_network_and_processes(lab: Lab) -> None:
     assert lab.hosts == ["node1", "node2", "node3"]
     for host in lab.hosts:
         assert lab.run(host, ["hostname"]).stdout == f"{host}\n"
-        assert os.listdir(f"/proc/{lab.first_pids[host]}/root/sys/class/net") == lab.run(host, ["ls", "-U", "/sys/class/net"]).stdout.split()
+        assert os.listdir(lab.inside(host, "/sys/class/net")) == lab.run(host, ["ls", "-U", "/sys/class/net"]).stdout.split()
         assert sorted(lab.run(host, ["ls", "/sys/class/net"]).stdout.split()) == ["eth0", "lo"]
         addresses = lab.run(host, ["ip", "-brief", "-4", "address", "show", "dev", "eth0"]).stdout
         assert f"{lab.address(host)}/24" in addresses.split()
