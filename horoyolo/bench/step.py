@@ -15,9 +15,10 @@ import torch
 from horoyolo.bench.figures import machine, paired_ratio, settings, spread, write_json
 from horoyolo.bench.links import sent_bytes
 from horoyolo.config import Config, Hyper, Optim
-from horoyolo.engine.build import build_loss, build_optimizer
+from horoyolo.engine.build import build_loss
 from horoyolo.engine.device import Numerics, numerics_for, pick_device
 from horoyolo.engine.memory import peak_bytes
+from horoyolo.engine.optimizer import build_optimizer
 from horoyolo.model.yolo import build_model
 
 WARMUP_STEPS = 3

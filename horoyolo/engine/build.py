@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from horoyolo.compression.base import Compressor
 from horoyolo.compression.build import build_compressor
 from horoyolo.compression.dense import ExactSum
 from horoyolo.compression.feedback import ErrorFeedback
-from horoyolo.config import Comms, Config, Optim, frozen_layers
+from horoyolo.config import Comms, Config, frozen_layers
 from horoyolo.data.build import build_eval_data, build_sampler, build_train_data, describe_input
 from horoyolo.data.loader import build_eval_loader, build_train_loader, choose_num_workers
 from horoyolo.data.sampler import Sampler
@@ -38,6 +38,7 @@ from horoyolo.engine.evaluate import evaluate
 from horoyolo.engine.hooks import StepRecord
 from horoyolo.engine.ledger import Ledger
 from horoyolo.engine.loss_scale import LossScale
+from horoyolo.engine.optimizer import build_optimizer
 from horoyolo.engine.recipe import class_counts, imbalance_notes
 from horoyolo.engine.runs import Run
 from horoyolo.engine.schedule import Schedule
@@ -319,22 +320,3 @@ def build_loss(config: Config, model: YOLO, counts: Tensor | None = None) -> Det
         box_loss=config.recipe.box_loss,
         class_weights=weights,
     )
-
-
-def build_optimizer(model: YOLO, optim: Optim, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    """SGD or AdamW over three kinds of parameters, of the backbone and of the head: weights, which decay; scales of normalisation layers and
-    biases, which do not. Frozen ones are in no group.
-    """
-    groups: dict[tuple[str, str], list[nn.Parameter]] = {(part, kind): [] for part in ("backbone", "head") for kind in ("weight", "norm", "bias")}
-    for number, layer in enumerate(model.model):
-        part = "backbone" if number < model.num_backbone else "head"
-        for name, param in layer.named_parameters():
-            if param.requires_grad:
-                groups[part, "bias" if name.endswith("bias") else "norm" if param.ndim == 1 else "weight"].append(param)
-    decays = {"weight": weight_decay, "norm": 0.0, "bias": 0.0}
-    options = [{"params": params, "part": part, "kind": kind, "weight_decay": decays[kind]} for (part, kind), params in groups.items() if params]
-    # One fused pass over parameter, gradient and momentum: on a CPU several times the speed of the plain loop.
-    if optim.optimizer == "adamw":
-        return torch.optim.AdamW(options, lr=lr, betas=(momentum, 0.999), fused=True)
-    return torch.optim.SGD(options, lr=lr, momentum=momentum, nesterov=True, fused=True)
-

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from horoyolo.config import InputError, read_yaml
@@ -132,14 +131,15 @@ class YOLO(nn.Module):
         return torch.cat(predictions, 1)
 
     def _measure_strides(self) -> tuple[int, ...]:
-        # On the meta device nothing is computed and no running statistic changes.
-        side = 256
-        meta = {name: tensor.to("meta") for name, tensor in self.state_dict().items()}
+        # By a real image, a small one: on the meta device torch would import its compiler for it, which takes longer than all else here.
+        side = 128
+        training = self.training
         try:
             with torch.no_grad():
-                heads = functional_call(self, meta, torch.empty(2, IMAGE_CHANNELS, side, side, device="meta"))
+                heads = self.eval()(torch.zeros(1, IMAGE_CHANNELS, side, side))
         except RuntimeError as error:
             raise InputError(f"model table: the shapes of its layers do not fit together ({_one_line(error)})") from error
+        self.train(training)
         return tuple(side // head.shape[2] for head in heads)
 
     def _init_biases(self) -> None:

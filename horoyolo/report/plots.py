@@ -11,15 +11,17 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from horoyolo.files import atomic_file
 from horoyolo.report.draw import draw_boxes
+
+if TYPE_CHECKING:  # imported where it is used, for it takes half a second: see new_figure
+    from matplotlib.figure import Figure
 
 log = logging.getLogger("horoyolo")
 
@@ -65,7 +67,7 @@ def plot_boxes(
     """Draws classes by boxes and by images, and the sizes (n, 2) of boxes in pixels beside those of anchors (k, 2), into one picture."""
     with _as_an_extra(f"boxes in {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure = Figure(figsize=(15, 4.5), layout="constrained")
+        figure = new_figure(15, 4.5)
         classes, sizes, aspects = figure.subplots(1, 3)
         at = np.arange(len(boxes_of_class))
         classes.bar(at - 0.2, list(boxes_of_class.values()), 0.4, label="boxes")
@@ -126,8 +128,15 @@ def _number(text: str | None) -> float:
     return float(text) if text else math.nan  # empty: not measured in this epoch
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches; imports matplotlib."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def _loss_figure(columns: Columns) -> Figure:
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = new_figure(12, 4)
     for axes, (part, title) in zip(figure.subplots(1, len(LOSSES)), LOSSES.items(), strict=True):
         _draw_curve(axes, columns, f"train_{part}_loss", "training")
         _draw_curve(axes, columns, f"val_{part}_loss", "validation")
@@ -136,7 +145,7 @@ def _loss_figure(columns: Columns) -> Figure:
 
 
 def _metric_figure(columns: Columns) -> Figure:
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     for name, label in METRICS.items():
         _draw_curve(axes, columns, name, label)
@@ -146,7 +155,7 @@ def _metric_figure(columns: Columns) -> Figure:
 
 
 def _rate_figure(columns: Columns) -> Figure:
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = new_figure(8, 4)
     axes = figure.subplots()
     _draw_curve(axes, columns, "lr", "")
     axes.set_ylim(bottom=0)
@@ -165,7 +174,7 @@ def _label(axes, title: str, unit: str) -> None:
     axes.set_title(title)
     axes.set_xlabel("epoch")
     axes.set_ylabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(framealpha=0.9)
