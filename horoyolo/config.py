@@ -81,7 +81,6 @@ class Optim:
     nominal_batch: int = 64  # images an update; 0: an update every global batch
     clip_norm: float = 10.0  # largest global norm of an update's gradient; 0: no clipping
     ema_decay: float = 0.9999
-    ema_tau: float = 2000.0  # updates over which the decay ramps up
     backbone_lr: float = 1.0  # the backbone's learning rate as a part of the head's
 
 

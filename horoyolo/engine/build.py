@@ -226,7 +226,7 @@ def build_training(
     schedule = Schedule(config.hyp, config.optim, config.epochs, batch, sampler.global_batches_left())
     optimizer = build_optimizer(model, config.optim, config.hyp.lr0, config.hyp.momentum, schedule.weight_decay)
     loss_scale = LossScale(enabled=numerics.dtype == torch.float16)
-    ema = EMA(model, config.optim.ema_decay, config.optim.ema_tau)
+    ema = EMA(model, config.optim.ema_decay)
     progress = Progress()
     state = TrainState(model=model, ema=ema, optimizer=optimizer, loss_scale=loss_scale, sampler=sampler, progress=progress)
     ledger, unreadable = Ledger(), Unreadable()
