@@ -73,11 +73,21 @@ class Rig:
 
     @contextmanager
     def running(
-        self, job: Job, hosts: str, words: Sequence[object] = (), where: Sequence[object] = (), min_np: int = 1, data: Path | None = None
+        self,
+        job: Job,
+        hosts: str,
+        words: Sequence[object] = (),
+        where: Sequence[object] = (),
+        min_np: int = 1,
+        data: Path | None = None,
+        train: Sequence[str] = (),
     ) -> Iterator[Job]:
-        """Starts a job on ``hosts``, lines of a hostfile, whose place ``where`` may take; ``words`` are train's. All is gone afterwards."""
+        """Starts a job on ``hosts``, lines of a hostfile, whose place ``where`` may take. All is gone afterwards.
+
+        ``words`` are added to those of the training: ``train``, else the small one of ``train_words``.
+        """
         job.edit_hosts(hosts)
-        job.words = [*train_words(data or self.data, job.folder, MANY), *map(str, words), "--elastic"]
+        job.words = [*(train or train_words(data or self.data, job.folder, MANY)), *map(str, words), "--elastic"]
         place = [*map(str, where)] or ["--hostfile", str(job.hostfile)]
         job.argv = [*PYTHON, "launch", *place, "--min-np", str(min_np), "--max-np", "8", "--", *job.words]
         try:

@@ -474,33 +474,39 @@ def storm(rig: Rig) -> Result:
     """Twenty kills, hosts that come and hosts that go, drawn from a seed."""
     dice = random.Random(0)
     slots = {"node1": 1, "node2": 1, "node3": 1}
-
-    def hosts() -> str:
-        return ", ".join(f"{host} slots={count}" for host, count in slots.items() if count)
-
-    with rig.job(hosts()) as job:
+    with rig.job(THREE) as job:
         job.train_until(WARM, 3)
-        done: list[str] = []
+        done = []
         while len(done) < STORM_EVENTS:
-            what = dice.choice(("kill", "join", "leave"))
-            pids = [pid for there in job.workers().values() for pid in there]
-            grow = [host for host, count in slots.items() if count < 2]
-            shrink = [host for host, count in slots.items() if count and sum(slots.values()) > 1]
-            if what == "kill" and len(pids) > 1:
-                kill(dice.choice(pids))
-            elif what == "join" and grow:
-                slots[dice.choice(grow)] += 1
-            elif what == "leave" and shrink:
-                slots[dice.choice(shrink)] -= 1
-            else:
-                continue
-            job.edit_hosts(hosts())
-            done.append(what)
+            done.append(random_event(job, slots, dice))
             time.sleep(dice.uniform(0, 3))
             job.more_steps(2)
-        counts = ", ".join(f"{done.count(what)} {name}" for what, name in (("kill", "kills"), ("join", "joins"), ("leave", "leavings")))
         sizes = [int(row["workers"]) for row in job.rows()]
-        return finished(job, f"{counts}; {min(sizes)} to {max(sizes)} workers, {len(sizes)} steps")
+        return finished(job, f"{counts(done)}; {min(sizes)} to {max(sizes)} workers, {len(sizes)} steps")
+
+
+def random_event(job: Job, slots: dict[str, int], dice: random.Random) -> str:
+    """Kills a worker, adds a slot to ``slots`` of the hosts or takes one away, as the dice fall; which of these."""
+    while True:
+        what = dice.choice(("kill", "join", "leave"))
+        pids = [pid for there in job.workers().values() for pid in there]
+        grow = [host for host, count in slots.items() if count < 2]
+        shrink = [host for host, count in slots.items() if count and sum(slots.values()) > 1]
+        if what == "kill" and len(pids) > 1:
+            kill(dice.choice(pids))
+        elif what == "join" and grow:
+            slots[dice.choice(grow)] += 1
+        elif what == "leave" and shrink:
+            slots[dice.choice(shrink)] -= 1
+        else:
+            continue
+        job.edit_hosts(", ".join(f"{host} slots={count}" for host, count in slots.items() if count))
+        return what
+
+
+def counts(events: list[str]) -> str:
+    """How often each event happened."""
+    return ", ".join(f"{events.count(what)} {name}" for what, name in (("kill", "kills"), ("join", "joins"), ("leave", "leavings")))
 
 
 def wants(job: Job, words: str, what: str) -> None:
