@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from resize_worker import STEPS_AFTER, STOP_AT
 from resume_worker import COMPRESSIONS, EPOCHS, StopAt
 from small_run import build_job
 
@@ -47,6 +48,18 @@ def test_two_workers_end_with_the_same_bits(ends: list[dict[str, Any]], compress
         assert found["done"]
         assert differences(found["whole"], found["resumed"]) == []
     assert ends[0][compression]["whole"]["shared"]["progress"]["step"] == 4 * EPOCHS
+
+
+@pytest.fixture(scope="module")
+def resized(run_workers: Callable[..., list[dict[str, Any]]]) -> dict[str, dict[int, list[float]]]:
+    return run_workers(Path(__file__).parent / "resize_worker.py", 2, timeout_s=300)[0]
+
+
+@pytest.mark.parametrize("run", ["one then two", "two then one"])
+def test_another_number_of_workers_goes_on_with_the_same_losses(resized: dict[str, dict[int, list[float]]], run: str) -> None:
+    assert sorted(resized[run]) == list(range(STOP_AT + 1, STOP_AT + 1 + STEPS_AFTER))
+    for step, losses in resized[run].items():
+        assert losses == pytest.approx(resized["whole"][step], rel=1e-6), step
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6])
