@@ -19,6 +19,7 @@ from horoyolo.model.yolo import YOLO
 
 log = logging.getLogger("horoyolo")
 
+FEW_UPDATES = 1000  # for a network that starts from scratch
 ENOUGH_RECALL = 0.98  # of the boxes within reach of an anchor: below, anchors are fitted anew
 
 
@@ -94,5 +95,10 @@ def recipe_lines(config: Config, model: YOLO, loss: DetectionLoss, schedule: Sch
         lines.append(
             f"global batch {schedule.batch} is {schedule.beyond_nominal:g} times the nominal batch: steps grow by its square root "
             f"({math.sqrt(schedule.beyond_nominal):.2f}, learning rate {schedule.peak_lr:.4g}), warm-up takes {schedule.warmup_batches} batches"
+        )
+    if schedule.updates < FEW_UPDATES and schedule.full_accumulate > 1 and not config.weights:
+        lines.append(
+            f"{schedule.updates} updates are few to learn from scratch: optim.nominal_batch={schedule.batch} would make "
+            f"{schedule.full_accumulate} times as many of the same images (README: Small data sets)"
         )
     return lines

@@ -76,6 +76,11 @@ class Schedule:
         return max(round(self.optim.nominal_batch / self.batch), 1)
 
     @property
+    def updates(self) -> int:
+        """Updates of the whole run, warm-up aside; the last batches of an epoch make one, however few they are."""
+        return self.epochs * math.ceil(self.batches_per_epoch / self.full_accumulate)
+
+    @property
     def weight_decay(self) -> float:
         """Weight decay scaled by the images of an update, as the loss is: a nominal batch decays by ``hyper.weight_decay``."""
         if not self.optim.nominal_batch:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from horoyolo.config import Config, Hyper, Recipe
+from horoyolo.config import Config, Hyper, Optim, Recipe
 from horoyolo.data.scan import Split, scan_split
 from horoyolo.data.spec import load_data_spec
 from horoyolo.data.synthetic import write_synthetic
@@ -109,6 +109,16 @@ def test_what_is_done_about_rare_classes_is_said(split: Split) -> None:
     notes = imbalance_notes(config, loss, model.names)["imbalance"]
     assert notes["fl_gamma"] == 1.5
     assert sorted(notes["class_weights"], key=notes["class_weights"].get) == [split.names[int(i)] for i in counts.argsort(descending=True)]
-    (line,) = recipe_lines(config, model, loss, Schedule(config.hyp, config.optim, 10, 16, 5), counts)
+    (line,) = recipe_lines(config, model, loss, Schedule(config.hyp, config.optim, 300, 16, 50), counts)
     assert line.startswith("class weights, frequency to the power of -0.5: circle")
     assert imbalance_notes(Config(), build_loss(Config(), model, counts), model.names) == {}
+
+
+@pytest.mark.parametrize(
+    ("weights", "nominal_batch", "epochs", "said"), [("", 64, 100, True), ("", 64, 1000, False), ("", 16, 100, False), ("yolov5n.pt", 64, 100, False)]
+)
+def test_few_updates_from_scratch_are_told(split: Split, weights: str, nominal_batch: int, epochs: int, said: bool) -> None:
+    config = Config(weights=weights, optim=Optim(nominal_batch=nominal_batch))
+    model, counts = build_model("yolov5n", 3, split.names), class_counts(split, 3)
+    lines = recipe_lines(config, model, build_loss(config, model, counts), Schedule(config.hyp, config.optim, epochs, 16, 13), counts)
+    assert [line.split(" are")[0] for line in lines] == (["400 updates"] if said else [])
