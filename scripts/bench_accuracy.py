@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--batch", default="16")
     parser.add_argument("--epochs", default="60")
     parser.add_argument("-np", "--num-proc", default="2")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train")
     parser.add_argument("--entries", nargs="+", default=ENTRIES, help="beside none")
     parser.add_argument("--seeds", nargs="+", default=["0", "1"])
     parser.add_argument("--plain-seeds", nargs="+", default=["0", "1", "2"], help="of none, whose spread is measured")
@@ -45,7 +46,7 @@ def score(parsed: argparse.Namespace, entry: str, seed: str) -> float:
     name = f"{entry}-seed{seed}"
     words = ["train", "--data", parsed.data, "--cfg", parsed.cfg, "--img", parsed.img, "--batch", parsed.batch, "--epochs", parsed.epochs]
     words += ["--seed", seed, "--compression", entry, "--project", parsed.out, "--name", name, "--resume", "auto"]
-    words += ["--set", f"evaluate_every={parsed.epochs}"]
+    words += [word for setting in [*parsed.set, f"evaluate_every={parsed.epochs}"] for word in ("--set", setting)]
     subprocess.run([sys.executable, "-m", "horoyolo", "launch", "-np", parsed.num_proc, "--", *words], check=True, stderr=subprocess.DEVNULL)
     return json.loads((Path(parsed.out) / name / "metrics.json").read_text())["last"]["map50"]
 
