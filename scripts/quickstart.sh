@@ -15,7 +15,7 @@ echo "1/4 synthetic data set"
 horoyolo data synth --out "$out/data" --images 160
 echo "2/4 training on two workers"
 horoyolo launch -np 2 -- train --data "$out/data/data.yaml" --cfg yolov5n --img 256 --batch 16 --epochs 25 --project "$out" --name train \
-    --set optim.nominal_batch=16 --set evaluate_every=5
+    --set optim.nominal_batch=16 --set hyp.lr0=0.02 --set evaluate_every=5
 echo "3/4 validation"
 horoyolo val --weights "$out/train/weights/best.pt" --data "$out/data/data.yaml" --json "$out/val.json"
 echo "4/4 prediction"
