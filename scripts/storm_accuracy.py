@@ -15,7 +15,6 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from rows import counts, random_event  # noqa: E402
 from horoyolo.config import load  # noqa: E402
 
 HOUR_S = 3600.0
-POLL_S = 1.0
 
 
 def main() -> int:
@@ -55,7 +53,11 @@ def main() -> int:
     mean, deviation = statistics.mean(calm), statistics.stdev(calm)
     least = mean - max(0.01, 2 * deviation)
     print(f"undisturbed: AP50 {', '.join(f'{score:.4f}' for score in calm)}; mean {mean:.4f}, standard deviation {deviation:.4f}", flush=True)
-    happened, score, exact = stormy([*words, "--seed", parsed.seeds[0], "--name", "storm"], out, parsed.events)
+    try:
+        happened, score, exact = stormy([*words, "--seed", parsed.seeds[0], "--name", "storm"], out, parsed.events)
+    except Failed as error:
+        print(f"storm: {error}", file=sys.stderr)
+        return 1
     print(f"{happened}: AP50 {score:.4f}, at least {least:.4f} is wanted; the ledger is {'exact' if exact else 'NOT exact'}")
     return 0 if score >= least and exact else 1
 
@@ -77,7 +79,7 @@ def stormy(words: list[str], out: Path, num_events: int) -> tuple[str, float, bo
         with rig.running(job, "node1 slots=1, node2 slots=1", train=words):
             done: list[str] = []
             for moment in sorted(dice.uniform(0.02, 0.98) for _ in range(num_events)):
-                job.until(partial(passed, job.run_folder, moment), f"{moment:.0%} of the training", HOUR_S)
+                job.until(partial(passed, job.run_folder, moment), f"{moment:.0%} of the training", HOUR_S, poll_s=1.0)
                 done.append(random_event(job, slots, dice))
                 print(f"after {moment:.0%}: {done[-1]}", flush=True)
             status = job.wait(HOUR_S)
@@ -89,7 +91,6 @@ def stormy(words: list[str], out: Path, num_events: int) -> tuple[str, float, bo
 
 def passed(run: Path, moment: float) -> bool:
     """Whether that part of a training is behind it, by its ledger."""
-    time.sleep(POLL_S)
     rows = read_rows(run / "ledger.csv")
     if not rows:
         return False

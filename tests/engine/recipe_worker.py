@@ -1,8 +1,9 @@
-"""A worker that trains a few steps with each option of the recipe and saves what came of it; also the home of these options."""
+"""A worker that trains a few steps with each option of data and recipe and saves what came of it; also the home of these options."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "accumulation": {"optim.nominal_batch": 6, "hyp.warmup_epochs": 0},
     "AdamW, clipping": {"optim.optimizer": "adamw", "hyp.lr0": 0.001, "optim.clip_norm": 0.1},
     "patience": {"recipe.patience": 1, "epochs": 5, "img": 32},
+    "no augmentation": {"hyp.mosaic": 0, "hyp.scale": 0, "hyp.translate": 0, "hyp.fliplr": 0, "hyp.hsv_h": 0, "hyp.hsv_s": 0, "hyp.hsv_v": 0},
+    "geometry": {"hyp.degrees": 10, "hyp.shear": 5, "hyp.perspective": 0.0005, "hyp.flipud": 0.5},
+    "mixup": {"hyp.mixup": 0.5},
+    "copy-paste": {"hyp.copy_paste": 1.0},
+    "albumentations": {"input.albumentations": "pipeline.yaml"},
+    "rect": {"input.rect": True},
+    "multi-scale rect": {"input.multi_scale": True, "input.rect": True},
+    "multi-scale, close mosaic": {"input.multi_scale": True, "input.close_mosaic": 1, "epochs": 2},
+    "sampling classes": {"input.sampling": "classes"},
+    "sampling images": {"input.sampling": "images", "epochs": 2},
+    "ram cache": {"input.cache": "ram"},
+    "disk cache": {"input.cache": "disk"},
 }
+CACHES = ("ram cache", "disk cache")  # which change nothing
+
+PIPELINE = """
+transform:
+  __class_fullname__: Compose
+  p: 1.0
+  transforms:
+  - {__class_fullname__: RandomBrightnessContrast, p: 0.7}
+  - {__class_fullname__: Rotate, limit: [-15, 15], p: 0.7}
+"""
 
 
 class Collect(Hook):
@@ -94,6 +117,7 @@ def main(out: Path) -> None:
     comm = open_comm()
     scenes = out.parent / "scenes"
     usual = override(Config(data=str(scenes / "data.yaml"), cfg=str(scenes / "table.yaml"), project=str(out / "runs")), USUAL, "test")
+    os.chdir(scenes)  # where pipeline.yaml is
     options = {name: override(usual, {"name": name.replace(" ", "-").replace(",", ""), **values}, "test") for name, values in OPTIONS.items()}
     with patch("horoyolo.engine.train.fitness", fades):  # such small models score nothing
         torch.save({name: outcome(config, comm) for name, config in options.items()}, out / f"rank{comm.rank()}.pt")

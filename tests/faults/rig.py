@@ -175,7 +175,7 @@ class Job:
 
     # -- waiting
 
-    def until(self, condition: Callable[[], Any], what: str, limit_s: float, alive: bool = True) -> float:
+    def until(self, condition: Callable[[], Any], what: str, limit_s: float, alive: bool = True, poll_s: float = POLL_S) -> float:
         """Waits for a condition; the seconds that it took (Failed: longer than ``limit_s``, or the job ended)."""
         began_s = time.monotonic()
         while not condition():
@@ -183,7 +183,7 @@ class Job:
                 raise Failed(f"the job ended with {self.process.returncode} before {what}: {self.last_lines()}")
             if time.monotonic() - began_s > limit_s:
                 raise Failed(f"not within {limit_s:.0f} s: {what}: {self.last_lines()}")
-            time.sleep(POLL_S)
+            time.sleep(poll_s)
         return time.monotonic() - began_s
 
     def train_until(self, step: int, workers: int) -> None:
