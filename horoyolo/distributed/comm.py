@@ -180,15 +180,21 @@ class LocalComm(Comm):
 class HorovodComm(Comm):
     """The workers of an initialised Horovod, or some of them (a process set).
 
-    ``waiting`` gives the context that a wait for other workers runs in.
+    ``waiting`` gives the context that a wait for other workers runs in; ``is_stuck`` tells when to wait no longer.
     """
 
-    def __init__(self, hvd: Any, process_set: Any = None, waiting: Callable[[], AbstractContextManager] = nullcontext):
+    def __init__(
+        self,
+        hvd: Any,
+        process_set: Any = None,
+        waiting: Callable[[], AbstractContextManager] = nullcontext,
+        is_stuck: Callable[[], bool] = lambda: False,
+    ):
         from horovod.common.exceptions import HorovodInternalError
 
         self._hvd = hvd
         self._failure = HorovodInternalError
-        self._waiting = waiting
+        self._waiting, self._is_stuck = waiting, is_stuck
         self._set = process_set or hvd.global_process_set
         self._prefix = f"set{process_set.process_set_id}." if process_set else ""
 
@@ -232,7 +238,7 @@ class HorovodComm(Comm):
         return self._started(lambda _: _stored(wire, tensor), self._hvd.broadcast_async_, _as_bytes(wire), global_root, name=name)
 
     def group(self, ranks: Sequence[int]) -> Comm:
-        return HorovodComm(self._hvd, self._hvd.add_process_set(list(ranks)), self._waiting)
+        return HorovodComm(self._hvd, self._hvd.add_process_set(list(ranks)), self._waiting, self._is_stuck)
 
     def close(self) -> None:
         self._hvd.shutdown()
@@ -250,6 +256,8 @@ class HorovodComm(Comm):
                 # an exchange took twice as long. Sleeping a twentieth of what has passed ends it hardly later.
                 started_s = time.perf_counter()
                 while not self._hvd.poll(handle):
+                    if self._is_stuck():
+                        raise CommBroken(f"{name}: it does not end, though its connections have")
                     passed_s = time.perf_counter() - started_s
                     time.sleep(min(max(REST_S, passed_s / 20), LONGEST_REST_S))
                 try:

@@ -29,6 +29,7 @@ from horoyolo.elastic.channel import FD, LEASE_S, MEMORY, SLOT, SLOTS, Lines, Me
 PULSE_EVERY_S = 1.0
 STEP_LIMIT_S, STEP_TIMES = 15.0, 10  # a step may take so long, or so many times the longest one so far
 OTHER_LIMIT_S = 600.0  # evaluation, checkpoints, plots; imports and the first step
+STUCK_S = 0.5  # after the connections of a broken generation were ended, for whoever waits in it to notice
 LIMITS_S: dict[str, float | None] = {"start": OTHER_LIMIT_S, "other": OTHER_LIMIT_S, "wait": None, "idle": None}
 
 OUT, JOINING, UP = "out", "joining", "up"
@@ -74,6 +75,7 @@ class Member:
         self._sockets: set[int] = set()  # of the generation, by inode
         self._change: Message = {}
         self._interrupted = 0  # the last generation that was
+        self._ended_s = float("inf")  # when the connections of the present generation were ended
         self._places: list[Message] = []
         self._news = threading.Condition()
         self._sending = threading.Lock()
@@ -134,15 +136,35 @@ class Member:
         yield
         with self._news:
             self._sockets = set(tcp_sockets()) - set(before)
-            self._state = UP
+            self._state, self._ended_s = UP, float("inf")
         self.say("joined", generation=self.generation)
 
     def broken(self) -> None:
         """A collective failed here: ends the generation's connections, so that others notice too, and says so."""
         with self._news:
             if self._state == UP:
-                end_sockets(self._sockets)
+                self._end_sockets()
         self.say("broken", generation=self.generation)
+
+    def is_stuck(self) -> bool:
+        """Whether a collective under way has not noticed that its connections are ended, and never will.
+
+        Gloo 0.5 (tcp/pair.cc, ``signalException``) tells those who wait for a message that has not begun, or for one to be asked for, but nobody
+        who waits for the rest of a message or has one half sent: they wait for Gloo's time limit.
+        """
+        return time.monotonic() - self._ended_s > STUCK_S
+
+    @contextlib.contextmanager
+    def leaving_generation(self) -> Iterator[None]:
+        """Communication is closed while the block runs. Where a collective of a broken generation never ends, the process aborts."""
+        broken = self._ended_s < float("inf")
+        limit = threading.Timer(0.0 if self.is_stuck() else STUCK_S, start_again, ["a collective never ends"])
+        limit.daemon = True
+        if broken:
+            limit.start()
+        with self.phase("wait"):
+            yield
+        limit.cancel()
 
     def wait_change(self) -> None:
         """Returns when this worker was told of the change that others have heard of, or of the generation's end."""
@@ -211,10 +233,13 @@ class Member:
                 self._interrupted = self.generation
                 self._news.notify_all()
                 if self._state == JOINING:
-                    print(f"horoyolo: generation {self.generation} broke while it was formed: a worker starts again", file=sys.stderr, flush=True)
-                    os.kill(os.getpid(), signal.SIGABRT)
+                    start_again(f"generation {self.generation} broke while it was formed")
                 elif self._state == UP:
-                    end_sockets(self._sockets)
+                    self._end_sockets()
+
+    def _end_sockets(self) -> None:
+        end_sockets(self._sockets)
+        self._ended_s = min(self._ended_s, time.monotonic())
 
 
 def open_member(env: Mapping[str, str]) -> Member:
@@ -223,6 +248,12 @@ def open_member(env: Mapping[str, str]) -> Member:
         raise InputError("train --elastic is one worker of an elastic job: start it as `horoyolo launch --min-np N -- train ...`")
     memory = Path(env[MEMORY]) if MEMORY in env else None
     return Member(socket.socket(fileno=int(env[FD])), int(env.get(SLOT, "0")), int(env.get(SLOTS, "1")), memory)
+
+
+def start_again(why: str) -> None:
+    """Aborts this process: its agent starts another, which finds the copy of the state that this one kept."""
+    print(f"horoyolo: {why}: a worker starts again", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGABRT)
 
 
 def end(why: str) -> None:

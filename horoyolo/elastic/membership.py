@@ -201,8 +201,9 @@ class Membership:
             del self.workers[name]
         elif self.generation is None and status > 0 and status not in ABORTED:
             self._finish(status if status == 2 else 1, f"worker {name} failed before the first step (exit status {status})")
-        elif worker.state == JOINING and self.generation and self.generation.state == BROKEN:  # most abort, some fail
-            self._lines.append(f"worker {name} was joining generation {worker.generation}, which is broken: it is started again")
+        elif self.generation and self.generation.state == BROKEN and (worker.state == JOINING or status in ABORTED):
+            # Who was joining has no way out; most abort, some fail. An abort of another one says that a collective blocks it.
+            self._lines.append(f"worker {name} could not leave generation {worker.generation}, which is broken: it is started again")
             self._remove(worker, now)
         else:
             if self._is_current(worker) and self.generation and worker.state == UP:

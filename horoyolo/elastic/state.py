@@ -50,12 +50,15 @@ class ElasticComm(Comm):
                 hvd = import_horovod(place.size)
                 set_one_of_two(os.environ, self._cycle_time_ms)
                 hvd.init()
-                self._now = HorovodComm(hvd, waiting=lambda: self._member.phase("wait"))
+                self._now = HorovodComm(hvd, waiting=lambda: self._member.phase("wait"), is_stuck=self._member.is_stuck)
 
     def leave(self) -> None:
-        """Ends the generation for this worker. When it returns nothing of it reads or writes this worker's memory any more."""
+        """Ends the generation for this worker. When it returns nothing of it reads or writes this worker's memory any more.
+
+        Where the generation is broken it may not return but abort this process: save first what must not be lost.
+        """
         if self._now is not None:
-            with self._member.phase("wait"):
+            with self._member.leaving_generation():
                 self._now.close()
             self._now = None
         self._member.left()

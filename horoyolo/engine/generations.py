@@ -42,7 +42,9 @@ def recall(job: Training, memory: Path | None) -> None:
 
 
 def keep(job: Training, memory: Path | None) -> None:
-    """Copies to ``memory`` where this worker stands: at its last update, whatever was begun since."""
+    """Copies to ``memory`` where this worker stands, at its last update, whatever was begun since: leaving a generation or joining one may
+    end this process.
+    """
     if memory is not None and job.begun:
         job.commits.save(state_at_mark(job), job.standing.update)
 
@@ -68,7 +70,6 @@ def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRe
     with watched(job, hooks):
         while True:
             member.ready()
-            keep(job, member.memory)
             place = member.wait_place()
             try:
                 comm.join(place)
@@ -82,6 +83,7 @@ def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRe
                     if leaving:
                         member.say("left")
                         return outcome
+                    keep(job, member.memory)
                 else:
                     with watched(job, hooks):
                         pass
@@ -93,6 +95,7 @@ def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRe
             except CommBroken as error:
                 log.warning("generation %d broke after step %d: %s", place.generation, job.progress.step, str(error).splitlines()[0])
                 member.broken()
+                keep(job, member.memory)
                 # In this block: the frames that it came through still hold what was handed to collectives.
                 comm.leave()
 
