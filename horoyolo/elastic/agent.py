@@ -5,9 +5,10 @@ open, no secret is needed, and no variable of the job stands on a command line. 
 workers), ``start`` (worker, slot, env), ``tell`` (worker, message), ``signal`` (worker, number), ``alive``, ``end``; it says ``{"is": ...}``:
 ``ready``, ``said`` (worker, message), ``ended`` (worker, status), ``alive``.
 
-Workers are its children; each has a socket for its messages. The agent leaves no orphan: after ``end``, when its input ends (the launcher or
-its ssh died) or when nothing came for LEASE_S (the network is gone), it kills every process of the job on this host. Such a process has
-FOLDER, the job's tag, in its environment. What an earlier agent of the same job left here is killed at the start.
+Workers are forked from a process that is warm (``forkserver.py``), once it is; where there is none they are children of the agent. Each has a
+socket for its messages. The agent leaves no orphan: after ``end``, when its input ends (the launcher or its ssh died) or when nothing came for
+LEASE_S (the network is gone), it kills every process of the job on this host. Such a process has FOLDER, the job's tag, in its environment.
+What an earlier agent of the same job left here is killed at the start.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 from horoyolo.elastic.channel import ALIVE_EVERY_S, FD, LEASE_S, MEMORY, SLOT, Lines, Message, encode
+from horoyolo.elastic.forkserver import Forked, ForkServer, ServerGone, can_fork
 from horoyolo.launch.agent import kill_job
 from horoyolo.launch.status import STATUS_DIR, reported_statuses
 
@@ -39,7 +41,7 @@ POLL_S = 1.0
 @dataclass
 class _Worker:
     name: str
-    process: subprocess.Popen
+    process: subprocess.Popen | Forked
     channel: socket.socket
     ended: int  # pidfd: readable when the process has ended
     lines: Lines = field(default_factory=Lines)
@@ -54,6 +56,9 @@ class Agent:
         self._workers: dict[str, _Worker] = {}
         self._job: Message = {}
         self._told = Lines()
+        self._forks: ForkServer | None = None
+        self._forks_warm = False
+        self._to_start: dict[str, Message] = {}  # worker -> what was said of it, until the server is warm
         self._selector = selectors.DefaultSelector()
         self._selector.register(0, selectors.EVENT_READ, self._hear_launcher)
 
@@ -88,8 +93,13 @@ class Agent:
         match message["do"]:
             case "serve":
                 self._job = message
+                self._warm_up()
+            case "start" if self._forks and not self._forks_warm:
+                self._to_start[message["worker"]] = message
             case "start":
                 self._start(message["worker"], message["slot"], message["env"])
+            case "signal" if self._to_start.pop(message["worker"], None):
+                say({"is": "ended", "worker": message["worker"], "status": -message["number"]})
             case "tell" if worker:
                 tell(worker, message["message"])
             case "signal" if worker:
@@ -131,21 +141,43 @@ class Agent:
 
     # -- workers
 
+    def _warm_up(self) -> None:
+        """Starts what workers are forked from. Without it they start by themselves."""
+        if not can_fork(self._job["argv"]):
+            return
+        try:
+            self._forks = ForkServer(self._job["argv"], {**self._env(), STATUS_DIR: str(self.folder)}, self._job["cwd"] or None)
+        except OSError:  # neither can workers be: they say why
+            return
+        self._selector.register(self._forks.channel, selectors.EVENT_READ, self._hear_forks)
+
+    def _hear_forks(self) -> None:
+        """The server is warm, or has ended: a worker that it can't fork starts by itself."""
+        assert self._forks
+        self._forks_warm = self._forks.hear_warm()
+        if not self._forks_warm:
+            self._lose_forks()
+        waiting, self._to_start = self._to_start, {}
+        for message in waiting.values():
+            self._start(message["worker"], message["slot"], message["env"])
+
+    def _lose_forks(self) -> None:
+        assert self._forks
+        self._selector.unregister(self._forks.channel)
+        self._forks.close()
+        self._forks = None
+
+    def _env(self) -> dict[str, str]:
+        """The variables that all workers have."""
+        return {**os.environ, **self._job["env"]}
+
     def _start(self, name: str, slot: int, env: dict[str, str]) -> None:
         memory = self.memory / f"slot-{slot}"
         memory.mkdir(mode=0o700, parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
-        own = {FD: str(theirs.fileno()), SLOT: str(slot), MEMORY: str(memory), STATUS_DIR: str(self.folder)}
+        own = {**env, SLOT: str(slot), MEMORY: str(memory), STATUS_DIR: str(self.folder)}
         try:
-            process = subprocess.Popen(
-                self._job["argv"],
-                env={**os.environ, **self._job["env"], **env, **own},
-                cwd=self._job["cwd"] or None,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.stderr,  # standard output is for messages
-                start_new_session=True,
-            )
+            process = self._forked(own, theirs) or self._begun(own, theirs)
         except OSError as error:
             ours.close()
             print(f"horoyolo: {self._job['argv'][0]} can't be started: {error.strerror}", file=sys.stderr, flush=True)
@@ -158,6 +190,25 @@ class Agent:
         self._workers[name] = worker
         self._selector.register(ours, selectors.EVENT_READ, partial(self._hear_worker, worker))
         self._selector.register(worker.ended, selectors.EVENT_READ, partial(self._see_end, worker))
+
+    def _forked(self, env: dict[str, str], channel: socket.socket) -> Forked | None:
+        if self._forks is not None:
+            try:
+                return self._forks.fork(env, channel)
+            except ServerGone:
+                self._lose_forks()
+        return None
+
+    def _begun(self, env: dict[str, str], channel: socket.socket) -> subprocess.Popen:
+        return subprocess.Popen(
+            self._job["argv"],
+            env={**self._env(), **env, FD: str(channel.fileno())},
+            cwd=self._job["cwd"] or None,
+            pass_fds=[channel.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,  # standard output is for messages
+            start_new_session=True,
+        )
 
 
 def say(message: Message) -> None:

@@ -44,14 +44,19 @@ def poison(count: int) -> None:
 
 
 def install(folder: Path) -> None:
-    """Arms this process."""
-    host = os.uname().nodename
-    skew_clock(folder / f"clock.{host}")
-    if not os.environ.keys() & {"HOROYOLO_ELASTIC_FD", "HOROVOD_RANK"}:
-        return  # no worker
+    """Arms this process: a worker, or one that workers are forked from."""
+    skew_clock(folder / f"clock.{os.uname().nodename}")
+    if os.environ.keys() & {"HOROYOLO_ELASTIC_FD", "HOROVOD_RANK"}:
+        arm_worker(folder)
+    elif "HOROYOLO_FORKS_FD" in os.environ:
+        os.register_at_fork(after_in_child=lambda: arm_worker(folder))
+
+
+def arm_worker(folder: Path) -> None:
+    """Signals do what they say above, and the first one waits."""
     signal.signal(signal.SIGUSR2, lambda *_: os._exit(137))
     signal.signal(signal.SIGRTMIN, lambda *_: poison(int((folder / "nan").read_text())))
-    slow = folder / f"slow.{host}"
+    slow = folder / f"slow.{os.uname().nodename}"
     if slow.exists():
         seconds = float(slow.read_text())
         slow.unlink()
