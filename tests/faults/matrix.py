@@ -22,7 +22,7 @@ from stock import STOCK, NotStarted  # noqa: E402
 from horoyolo.data.synthetic import write_synthetic  # noqa: E402
 
 NUM_IMAGES = 200  # 160 to train on: ten global batches
-CONTROL_STEPS = 60  # what a row makes, for most
+CONTROL_STEPS = 150  # more than any row makes
 
 
 def main(words: list[str]) -> int:

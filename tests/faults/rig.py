@@ -223,6 +223,17 @@ class Job:
 
     # -- proofs
 
+    def check_agreement(self, hosts: str, workers: int) -> None:
+        """Has workers leave in order, so that so many are left: they compare their weights then (Failed: it does not go on)."""
+        self.edit_hosts(hosts)
+        self.next_step(workers, START_S)
+
+    def check_one_writer(self) -> None:
+        """Failed where a step was noted twice, or steps not in their order."""
+        noted = [int(row["step"]) for row in read_rows(self.seen_folder / "steps.csv")]
+        if noted != sorted(set(noted)):
+            raise Failed(f"steps.csv has steps twice or out of order: {noted}")
+
     def account(self) -> dict[str, Any]:
         """What the ledger proves, by ``horoyolo report``."""
         path = self.folder / "account.json"
@@ -233,10 +244,13 @@ class Job:
         return json.loads(path.read_text())
 
     def deviation(self) -> float:
-        """The largest relative difference of a loss to that of the undisturbed run (Failed: another batch)."""
+        """The largest relative difference of a loss to that of the undisturbed run (Failed: another batch or learning rate, or more steps)."""
+        rows, undisturbed = self.rows(), self.rig.control.rows
+        if len(rows) > len(undisturbed):
+            raise Failed(f"{len(rows)} steps, the undisturbed run has {len(undisturbed)}: give it more (--control)")
         largest = 0.0
-        for mine, theirs in zip(self.rows(), self.rig.control.rows, strict=False):
-            if any(mine[name] != theirs[name] for name in ("step", "epoch", "images", "batch_crc")):
+        for mine, theirs in zip(rows, undisturbed, strict=False):
+            if any(mine[name] != theirs[name] for name in ("step", "epoch", "images", "batch_crc", "lr")):
                 raise Failed(f"step {mine['step']} is not that of the undisturbed run: {mine} against {theirs}")
             largest = max(largest, *(abs(float(mine[name]) / float(theirs[name]) - 1) for name in LOSSES))
         return largest
@@ -245,8 +259,8 @@ class Job:
 def train_words(data: Path, project: Path, epochs: int) -> list[str]:
     """A small training that is the same, to the last bit, on any number of workers."""
     size = ["--cfg", "yolov5n", "--img", 64, "--batch", 16, "--precision", "fp32", "--sync-bn", "--workers", 0, "--epochs", epochs]
-    # An update a step. One rate throughout: schedules know the number of epochs, which is not the same for the undisturbed run.
-    settings = ["hyp.lrf=1", "hyp.warmup_epochs=0", "hyp.lr0=0.001", "optim.nominal_batch=0", f"evaluate_every={MANY}"]
+    # An update a step. Rates are those of a warm-up: the rest of a schedule knows the number of epochs, which the undisturbed run has more of.
+    settings = ["hyp.lrf=1", "hyp.warmup_epochs=30", "hyp.lr0=0.005", "optim.nominal_batch=0", f"evaluate_every={MANY}"]
     others = [word for setting in settings for word in ("--set", setting)]
     return ["train", *map(str, [*size, *others, "--data", data, "--project", project, "--name", "run"])]
 

@@ -25,6 +25,9 @@ WARM = 6  # steps before anything happens
 KILL_S, VANISH_S, LEASE_S, HANG_S = 2.5, 20.0, 15.0, 15.0
 LOSSY_S = 600.0  # for steps over a link that loses packets
 SLACK_S = 5.0  # for processes to go when they have decided to
+BACK_S = 60.0  # for a slot or a host to be used again: its cooldown is 10 s, that of a second failure 20
+LATE_S = 180.0  # the same after the fourth failure
+PAUSE_S = 3.0  # that training may stand still while a host is added
 
 
 @dataclass
@@ -117,7 +120,7 @@ def out_of_memory(rig: Rig) -> Result:
         kill(pid, signal.SIGUSR2)
         seconds = job.next_step(2, 60)
         wants(job, "137", "the reason in the log")
-        back = job.next_step(3, 120)
+        back = job.next_step(3, BACK_S)
         return finished(job, f"status 137 was told; a worker of {host} was back {back:.0f} s later", seconds, KILL_S)
 
 
@@ -136,7 +139,7 @@ def host_lost(rig: Rig) -> Result:
         wants(job, "node3", "the host's name in the log")
         job.more_steps(3)
         rig.lab.heal("node3")
-        back = job.next_step(3, 120)
+        back = job.next_step(3, BACK_S)
         return finished(job, f"the others went on; healed, the host was back within {back:.0f} s", seconds, VANISH_S)
 
 
@@ -152,6 +155,7 @@ def partition(rig: Rig) -> Result:
             raise Failed(f"writers: {job.writers()}")
         job.more_steps(3)
         rig.lab.heal(host)
+        job.check_one_writer()
         return finished(job, f"the side of the launcher went on, {host} stopped; one writer", seconds, VANISH_S)
 
 
@@ -194,11 +198,22 @@ def stopped_worker(rig: Rig) -> Result:
         return finished(job, "it was found, killed and left out", seconds, HANG_S + 5)
 
 
+def hung_worker(rig: Rig) -> Result:
+    """Its main thread stands still; the one that gives signs of life does not."""
+    with rig.job(THREE) as job:
+        job.train_until(WARM, 3)
+        _, pid = job.follower()
+        kill(pid, signal.SIGRTMIN + 1)
+        seconds = job.next_step(2, 90)
+        job.more_steps(3)
+        return finished(job, "it was found, killed and left out", seconds, HANG_S + 5)
+
+
 # -- 9 to 13: disks and files
 
 
 def disk_full(rig: Rig) -> Result:
-    """The run folder is on a small disk of its own, on the host of rank 0; the others see the folder beneath."""
+    """The run folder is on a small disk of its own, on the host of rank 0; the others see the folder beneath. A worker dies meanwhile, too."""
     job = rig.new_job()
     job.run_folder.mkdir()
     rig.lab.mount_tmpfs("node1", job.run_folder, "120m")
@@ -212,14 +227,16 @@ def disk_full(rig: Rig) -> Result:
             began = len(job.log())
             time.sleep(1)
             job.until(lambda: "training goes on" in job.log()[began:], "a line that says so", START_S)
-            time.sleep(5)
+            for change in (lambda: None, lambda: kill(job.workers()["node2"][0])):
+                change()
+                seen = len(job.log())
+                # Steps can't be noted now; ends of epochs are told.
+                job.until(lambda seen=seen: job.log()[seen:].count("] epoch ") >= 2, "two epochs on the full disk", START_S)
+            if newest_checkpoint(job.seen_folder / "checkpoints") is None:
+                raise Failed("no checkpoint is good while the disk is full")
             rig.lab.run("node1", ["rm", f"{job.run_folder}/fill"], check=True)
             job.more_steps(12)
-            result = finished(job, "it was told, training went on")
-        kept = newest_checkpoint(job.seen_folder / "checkpoints")
-        if kept is None:
-            raise Failed("no checkpoint is good")
-        return result
+            return finished(job, "it was told, training went on, through a death too; the checkpoint before stayed good")
     finally:
         rig.lab.unmount("node1", job.run_folder)
 
@@ -276,9 +293,10 @@ def bad_files(rig: Rig) -> Result:
     with rig.job(TWO, data=data / "data.yaml") as job:
         job.train_until(WARM, 2)
         job.more_steps(10)
-        missing = [name for name in wrong if Path(name).stem not in job.log()]
-        if missing:
-            raise Failed(f"{missing} are not named: {job.last_lines()}")
+        named = {path.stem for path in (*images, *labels) if path.stem in job.log()}
+        if named != {Path(name).stem for name in wrong}:
+            raise Failed(f"{named} are named, {wrong} are bad")
+        job.check_agreement("node1 slots=1", 1)
         result = finished(job, "four bad files were named, the rest was trained on", compare=False)
     labels[4].write_text("99 0.5 0.5 0.1 0.1\n")
     with rig.job(TWO, data=data / "data.yaml") as job:
@@ -308,6 +326,7 @@ def files_vanish(rig: Rig) -> Result:
         missing = [path.name for path in gone if path.stem not in job.log()]
         if missing:
             raise Failed(f"{missing} are not named: {job.last_lines()}")
+        job.check_agreement(TWO, 2)
         return finished(job, "named, replaced on all alike; everybody went on", compare=False)
 
 
@@ -331,13 +350,15 @@ def host_added(rig: Rig) -> Result:
         job.train_until(WARM, 2)
         began_s = time.monotonic()
         job.edit_hosts(THREE)
-        job.until(lambda: job.workers()["node3"], "a worker on node3", 60)
+        job.until(lambda: not slow.exists(), "a worker on node3, which sleeps", 60)
         before = job.step()
         job.next_step(3, 180)
         seconds = time.monotonic() - began_s
         if job.step() - before < 10:
             raise Failed(f"{job.step() - before} steps while it was waited for")
         pause = largest_pause(job)
+        if pause > PAUSE_S:
+            raise Failed(f"training stood still for {pause:.1f} s")
         job.more_steps(3)
         return finished(job, f"joined after {seconds:.0f} s (it slept for 60); {job.step() - before} steps meanwhile, longest pause {pause:.1f} s")
 
@@ -353,7 +374,7 @@ def host_removed(rig: Rig) -> Result:
         job.until(lambda: "waiting" in job.log(), "a line that says that it waits", 60)
         stood = job.step()
         job.edit_hosts(TWO)
-        back = job.next_step(2, 120, since=stood)
+        back = job.next_step(2, BACK_S, since=stood)
         return finished(job, f"left in order, no step lost; below --min-np it waited, and went on {back:.0f} s after the host was back", seconds, 30)
 
 
@@ -409,6 +430,7 @@ def nan_on_one(rig: Rig) -> Result:
         kill(pid, signal.SIGRTMIN)
         job.more_steps(5)
         wants(job, "not finite", "a line on what was left out")
+        job.check_agreement(TWO, 2)
         status = job.stop()
         if status != 75:
             raise Failed(f"the job ended with {status}")
@@ -426,6 +448,7 @@ def nan_for_long(rig: Rig) -> Result:
         kill(pid, signal.SIGRTMIN)
         job.until(lambda: re.search(r"(back|rate).*", told(job, "learning rate")), "a line that says that it goes back", START_S)
         job.more_steps(5)
+        job.check_agreement(TWO, 2)
         status = job.stop()
         if status != 75:
             raise Failed(f"the job ended with {status}")
@@ -461,11 +484,19 @@ def ssh_refused(rig: Rig) -> Result:
             job.train_until(WARM, 2)
             wants(job, "node3", "the host's name")
             line = next(line for line in job.log().splitlines() if "node3" in line)
+            refused = job.log().count("Connection refused")
             rig.lab.start_sshd("node3")
             back = job.next_step(3, 180)
             rig.lab.stop_sshd("node3")  # open connections stay
             job.more_steps(5)
-            return finished(job, f"said {line!r}; trained on the others, with it {back:.0f} s after its sshd was back")
+            for pid in job.of_job("node3"):
+                kill(pid)
+            seconds = job.next_step(2, 60)
+            job.until(lambda: job.log().count("Connection refused") > refused, "another refusal", LATE_S)
+            rig.lab.start_sshd("node3")
+            again = job.next_step(3, LATE_S)
+            happened = f"said {line!r}; with it {back:.0f} s after its sshd was back; lost and refused again, {again:.0f} s"
+            return finished(job, happened, seconds, KILL_S)
     finally:
         rig.lab.start_sshd("node3")
 
@@ -531,20 +562,17 @@ def largest_pause(job: Job) -> float:
     return max(float(row["exchange_wait_s"]) for row in job.rows()[1:])
 
 
-def files_of(folder: Path, pattern: str) -> list[Path]:
-    return sorted(folder.glob(pattern))
-
-
 ROWS = [
     Row("1", "kill -9 of a worker", "the rest goes on, nothing lost", worker_killed, quick=True),
     Row("1b", "the same, three workers on one host", "its own slot alone is left out", worker_of_one_host_killed),
     Row("1c", "two kills, the second during recovery", "the rest goes on, nothing lost", killed_again_and_again),
-    Row("2", "kill -9 of rank 0, before any commit", "weights are kept", rank_zero_killed),
+    Row("2", "kill -9 of rank 0, after two steps", "weights are kept", rank_zero_killed),
     Row("3", "host without power", "the host is left out, and comes back", host_lost),
     Row("4", "partition, rank 0 on the other side", "the launcher's side goes on, one writer", partition),
     Row("5", "link of 10 Mbit/s", "goes on, warns within 60 s", slow_link),
     Row("6", "5 % of packets lost", "no crash", lossy_link),
     Row("7", "SIGSTOP", "found within 15 s, killed, left out", stopped_worker),
+    Row("7b", "a worker's main thread hangs", "found within 15 s, killed, left out", hung_worker),
     Row("8", "out of memory (status 137)", "as 1; the reason is logged; its slot comes back", out_of_memory),
     Row("9", "disk full", "training goes on, earlier checkpoints stay good", disk_full),
     Row("10", "kill -9 while a checkpoint is written, 100 times", "always one to go on from", killed_while_saving),
@@ -559,6 +587,6 @@ ROWS = [
     Row("18b", "NaN for 22 updates", "back to the last good state, lower rate", nan_for_long),
     Row("19", "clocks an hour apart, one steps back", "changes are seen, joins work", clock_skew),
     Row("20", "uneven shares", "equal steps", uneven_shares),
+    Row("20b", "ssh refused at the start and later", "the host is named, the others train", ssh_refused),
     Row("21", "20 random kills, joins and leavings", "nothing lost, the same losses", storm),
-    Row("20b", "ssh refused at the start", "the host is named, the others train", ssh_refused),
 ]

@@ -2,7 +2,8 @@
 
 Files there say what to do, the host's name behind a dot: ``clock.node2`` holds seconds by which ``time.time`` is off, read again at every call;
 ``slow.node2`` seconds that the next worker there waits before it does anything. A worker that gets SIGUSR2 ends as one that was out of memory
-does, with status 137; after SIGRTMIN its next backward passes, as many as the file ``nan`` says, begin with a loss that is no number.
+does, with status 137; after SIGRTMIN its next backward passes, as many as the file ``nan`` says, begin with a loss that is no number; after
+SIGRTMIN + 1 its main thread sleeps for an hour.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def arm_worker(folder: Path) -> None:
     """Signals do what they say above, and the first one waits."""
     signal.signal(signal.SIGUSR2, lambda *_: os._exit(137))
     signal.signal(signal.SIGRTMIN, lambda *_: poison(int((folder / "nan").read_text())))
+    signal.signal(signal.SIGRTMIN + 1, lambda *_: time.sleep(3600))
     slow = folder / f"slow.{os.uname().nodename}"
     if slow.exists():
         seconds = float(slow.read_text())
