@@ -137,10 +137,12 @@ class Auto(Compressor):
 
     def __init__(self, makers: Mapping[str, Callable[[], Lossy]], overlaps: Sequence[bool], plain_updates: int = 0):
         self._makers = makers
-        self._switch = Switch(makers)
-        self._feedback = ErrorFeedback(self._switch)
+        first, *others = makers
+        # One entry keeps its state as it does by itself: a checkpoint serves wherever buckets leave.
+        self._switch = Switch(makers) if others else None
+        self._feedback = ErrorFeedback(self._switch or makers[first]())
         self._all = [Choice(entry, overlap) for entry in makers for overlap in overlaps]
-        self._plain = [choice for choice in self._all if choice.entry == self._switch.current]
+        self._plain = [choice for choice in self._all if choice.entry == first]
         self._plain_updates = max(plain_updates, len(self._plain)) if len(makers) > 1 else 0
         self._buckets: dict[str, Bucket] = {}
         self._size = 0
@@ -157,7 +159,8 @@ class Auto(Compressor):
 
     def start(self, bucket: Bucket, comm: Comm) -> Pending:
         self._buckets[bucket.name] = bucket
-        self._switch.current = self._choice.entry
+        if self._switch is not None:
+            self._switch.current = self._choice.entry
         return self._feedback.start(bucket, comm)
 
     def commit(self) -> None:
@@ -249,10 +252,10 @@ class Auto(Compressor):
         return {name: Cost(codec_s, cost.wire_bytes) for (name, cost), codec_s in zip(costs.items(), slowest, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"feedback": self._feedback.state_dict()}
+        return self._feedback.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._feedback.load_state_dict(state["feedback"])
+        self._feedback.load_state_dict(state)
 
     def rank_state_dict(self) -> dict[str, Tensor]:
         return self._feedback.rank_state_dict()

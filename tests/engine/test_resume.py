@@ -13,11 +13,14 @@ from resize_worker import STEPS_AFTER, STOP_AT
 from resume_worker import COMPRESSIONS, EPOCHS, StopAt
 from small_run import build_job
 
-from horoyolo.config import InputError
+from horoyolo.compression.build import COMPRESSORS
+from horoyolo.compression.policy import Switch
+from horoyolo.config import Comms, InputError
 from horoyolo.distributed.comm import LocalComm
-from horoyolo.engine.build import Training
+from horoyolo.engine.build import CompressorState, Training, pick_compressor
 from horoyolo.engine.checkpoint import newest_checkpoint, read_checkpoint, serialised, write_checkpoint
 from horoyolo.engine.commit import copied, local_state
+from horoyolo.engine.device import numerics_for
 from horoyolo.engine.stop import StopRequest
 from horoyolo.engine.train import train, watched
 
@@ -115,3 +118,47 @@ def test_a_checkpoint_of_another_version_is_refused_with_a_way_on(tiny: Path, tm
     write_checkpoint(job.run.checkpoints, serialised(state), job.progress.step + 1, keep=1, notes={})
     with pytest.raises(InputError, match=r"of another version of horoyolo: it has no ledger; .*--weights .*last\.pt"):
         build_job(tiny, tmp_path, LocalComm(), epochs=2)
+
+
+WAYS = {"measured": {}, "during": {"overlap": "yes"}, "after": {"overlap": "no"}, "synchronised": {"sync_bn": True}}
+
+
+def compressor_state(entry: str, **comms: Any) -> CompressorState:
+    numerics = numerics_for(torch.device("cpu"), "fp32")
+    return CompressorState(entry, pick_compressor(torch.nn.Conv2d(3, 4, 1), Comms(compression=entry, **comms), numerics))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("entry", COMPRESSORS)
+def test_a_compressors_state_serves_wherever_buckets_leave(entry: str, way: str) -> None:
+    """When they leave is measured on CPUs, and is a matter of devices and settings that a run may be resumed with."""
+    lossy = COMPRESSORS[entry](Comms())
+    for _ in range(5):
+        lossy.commit()
+    kept = lossy.state_dict()
+    for other in WAYS.values():
+        taken = compressor_state(entry, **other)
+        taken.load_state_dict({"settings": entry, "state": kept})
+        assert differences(taken.state_dict()["state"], kept) == []
+        went_on = compressor_state(entry, **WAYS[way])
+        went_on.load_state_dict(taken.state_dict())
+        assert differences(went_on.state_dict(), taken.state_dict()) == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("entry", COMPRESSORS)
+def test_a_compressors_state_as_it_was_kept_before_serves_too(entry: str, way: str) -> None:
+    switch = Switch({entry: lambda: COMPRESSORS[entry](Comms())})
+    for _ in range(5):
+        switch.commit()
+    state = compressor_state(entry, **WAYS[way])
+    state.load_state_dict({"settings": entry, "state": {"feedback": switch.state_dict()}})
+    assert differences(state.state_dict()["state"], switch.members[entry].state_dict()) == []
+
+
+def test_the_state_of_a_choice_of_entries_as_it_was_kept_before_serves_too() -> None:
+    kept = compressor_state("auto").state_dict()
+    kept["state"]["members"]["topk"]["update"] = 7
+    state = compressor_state("auto")
+    state.load_state_dict({**kept, "state": {"feedback": kept["state"]}})
+    assert differences(state.state_dict(), kept) == []
