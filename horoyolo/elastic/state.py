@@ -14,16 +14,19 @@ DEFAULT_CYCLE_MS = 1.0  # Horovod's
 
 
 def set_one_of_two(env: MutableMapping[str, str], cycle_time_ms: float) -> None:
-    """Leaves Horovod either its cycle time or its fusion threshold.
+    """Leaves Horovod either its cycle time or its fusion threshold; nothing is fused with either.
 
     Horovod 0.28.1 crashes when it is initialised again with both given: it writes to a vector of what is left to tune, which is empty then
-    (ParameterManager::BayesianParameter::SetValue). With the cycle time alone its fusion threshold is 4 MB, the first that its autotuning would
-    try: buckets are seldom so small.
+    (ParameterManager::BayesianParameter::SetValue). With the cycle time alone its fusion threshold is 128 MB in a process's first generation
+    and 1 MB in later ones (the default cycle time lands in its place), so that newcomers and survivors would not fuse the same, which ends the
+    generation, and among three workers sums would depend on what is on its way at the same time. HOROVOD_DISABLE_GROUP_FUSION keeps groups
+    apart, and makes a group of each single allreduce and allgather (EnqueueTensorAllreduces); Horovod fuses no others.
     """
     if cycle_time_ms != DEFAULT_CYCLE_MS:
         env.setdefault("HOROVOD_CYCLE_TIME", str(cycle_time_ms))
     if "HOROVOD_CYCLE_TIME" in env:
         env.pop("HOROVOD_FUSION_THRESHOLD", None)
+        env["HOROVOD_DISABLE_GROUP_FUSION"] = "1"
 
 
 class ElasticComm(Comm):

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from fusion_worker import SIZES
 
 from horoyolo.elastic.channel import FD, Lines, Message, encode
 from horoyolo.elastic.rendezvous import Rendezvous
@@ -58,7 +60,7 @@ def test_horovod_begins_again_with_the_cycle_that_was_asked_for(cycle_time_ms):
 def test_a_cycle_that_the_user_set_goes_before_ours():
     env = {"HOROVOD_CYCLE_TIME": "7", "HOROVOD_FUSION_THRESHOLD": "0"}
     set_one_of_two(env, 10.0)
-    assert env == {"HOROVOD_CYCLE_TIME": "7"}
+    assert env == {"HOROVOD_CYCLE_TIME": "7", "HOROVOD_DISABLE_GROUP_FUSION": "1"}
     env = {"HOROVOD_FUSION_THRESHOLD": "0"}
     set_one_of_two(env, DEFAULT_CYCLE_MS)
     assert env == {"HOROVOD_FUSION_THRESHOLD": "0"}
