@@ -55,8 +55,8 @@ class TimedCompressor:
     def overlap(self) -> bool:
         return self._compressor.overlap()
 
-    def measured(self, tail_s: float, wait_s: float, comm: Any) -> None:
-        self._compressor.measured(tail_s, wait_s, comm)
+    def measured(self, tail_s: float, backward_s: float, comm: Any) -> None:
+        self._compressor.measured(tail_s, backward_s, comm)
 
     def reset(self) -> None:
         self._compressor.reset()

@@ -73,8 +73,8 @@ class Compressor(ABC):
         """Whether buckets should leave while backward runs in the next update."""
 
     @abstractmethod
-    def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
-        """What the update just committed cost: from the start of its last backward to its sums, and the part of it after backward.
+    def measured(self, tail_s: float, backward_s: float, comm: Comm) -> None:
+        """What the update just committed cost this worker: from the start of its last backward to its sums, and that backward alone.
 
         Every worker calls it at the same update; collectives are allowed here, and only here.
         """
@@ -114,6 +114,11 @@ class Lossy(ABC):
     def exact(self) -> bool:
         """Whether nothing will be left out of the update under way; its ``residual`` is then an empty tensor, to be left alone."""
         return False
+
+    @property
+    def warm(self) -> bool:
+        """Whether the update under way costs what later ones will."""
+        return True
 
     def __init__(self) -> None:
         self.update = 0

@@ -59,7 +59,7 @@ class ErrorFeedback(Compressor):
     def overlap(self) -> bool:
         return self._overlap
 
-    def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
+    def measured(self, tail_s: float, backward_s: float, comm: Comm) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:

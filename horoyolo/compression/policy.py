@@ -2,7 +2,13 @@
 
 What is compared is the tail of an update: from the start of its last backward to its sums. Data, forward and the optimizer are the same for all.
 A prediction chooses who is worth trying (on a slow link one plain update can cost as much as ten others); trials in turn, a few each, choose
-among those, since no model knows how cores and network disturb each other. All workers go by the same agreed figures.
+among those, since no model knows how cores and network disturb each other. Plain sums take part whatever is predicted of them, with what they
+took before others were tried: nothing else is chosen but what was measured to be quicker. All workers go by the same agreed figures.
+
+A settled choice is looked at now and then: whether its tail has changed, and whether the link has, by the probe that the prediction went by. A
+small payload's tail hardly shows that a slow link has become fast, and one plain update on a slow link may cost more than a hundred probes. The
+probe takes one per cent of the time at most. Each look at everything that ends where it began doubles the time to the next: a machine that others
+use now and then costs the job little.
 """
 
 from __future__ import annotations
@@ -26,9 +32,13 @@ WORTH_TRYING = 1.5  # predicted tail against the shortest predicted one
 MOST_CHOICES = 6  # tried
 AS_QUICK = 1.02  # of choices within this of the quickest the most faithful is taken
 ROUNDS = 6  # trials of each choice; even, since updates of powersgd differ in turns
-LOOK_EVERY = 50  # updates between two looks at a settled choice
-CHANGED = 1.5  # a tail that grew or shrank by this is another job: look again
+KNOWN = 2  # of the updates before trials that count as trials of plain sums
+LOOK_EVERY = 50  # updates between two looks at a settled choice, at first
+LOOK_AT_LEAST_EVERY = 32 * LOOK_EVERY
+CHANGED = 0.25  # of the tail: a difference by which it is another job
 PROBE_BYTES = 1 << 20
+LATENCY_PROBES, BANDWIDTH_PROBES = 5, 3
+PROBE_SHARE = 0.01  # of the time between two probes
 
 
 class Choice(NamedTuple):
@@ -80,10 +90,14 @@ class Switch(Lossy):
 
 
 class Trials:
-    """Tries choices in turn and drops those that fall behind. All figures must be the same on all workers."""
+    """Tries choices in turn and drops those that fall behind. All figures must be the same on all workers.
 
-    def __init__(self, choices: Sequence[Choice], rounds: int = ROUNDS):
-        self.times_s: dict[Choice, list[float]] = {choice: [] for choice in choices}
+    Times that are ``known`` of some choices count as their first trials. They are from before the others': alone they show only who is far behind.
+    """
+
+    def __init__(self, choices: Sequence[Choice], rounds: int = ROUNDS, known: Mapping[Choice, list[float]] | None = None):
+        self._known = known or {}
+        self.times_s: dict[Choice, list[float]] = {choice: list(self._known.get(choice, ())) for choice in choices}
         self._rounds = rounds
 
     def next(self) -> Choice | None:
@@ -97,7 +111,10 @@ class Trials:
         tried = {len(times) for times in self.times_s.values()}
         if len(tried) == 1 and tried.pop() >= 2:
             leader_s = min(statistics.median(times) for times in self.times_s.values())
-            self.times_s = {choice: times for choice, times in self.times_s.items() if min(times) <= AS_QUICK * leader_s}
+            self.times_s = {choice: times for choice, times in self.times_s.items() if min(times) <= self._margin(choice) * leader_s}
+
+    def _margin(self, choice: Choice) -> float:
+        return WORTH_TRYING if self.times_s[choice] == self._known.get(choice) else AS_QUICK
 
     def best(self) -> Choice:
         """The quickest by its median; of those about as quick the first."""
@@ -112,6 +129,10 @@ class Link:
     latency_s: float  # of the smallest allreduce
     bytes_per_s: float  # sent by one worker in an allreduce of PROBE_BYTES
 
+    def time_s(self, wire_bytes: int) -> float:
+        """What an exchange takes in which each worker sends so many bytes."""
+        return self.latency_s + wire_bytes / self.bytes_per_s
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -123,7 +144,7 @@ class Cost:
 
 def predicted_tail_s(choice: Choice, cost: Cost, link: Link, backward_s: float) -> float:
     """The tail of an update by a crude model: what leaves during backward hides behind its second half, where the first bucket is full."""
-    net_s = link.latency_s + cost.wire_bytes / link.bytes_per_s
+    net_s = link.time_s(cost.wire_bytes)
     if choice.overlap:
         return max(backward_s + cost.codec_s, backward_s / 2 + cost.codec_s + net_s)
     return backward_s + cost.codec_s + net_s
@@ -132,7 +153,8 @@ def predicted_tail_s(choice: Choice, cost: Cost, link: Link, backward_s: float) 
 class Auto(Compressor):
     """Error feedback around the quickest of several ways to sum, chosen by measurement; looks again when the job changes.
 
-    The first ``plain_updates`` are sent by the first entry: it is the plain one where there are several.
+    The first ``plain_updates`` are sent by the first entry: it is the plain one where there are several. One entry alone is looked at once it is
+    past its own warm-up.
     """
 
     def __init__(self, makers: Mapping[str, Callable[[], Lossy]], overlaps: Sequence[bool], plain_updates: int = 0):
@@ -143,9 +165,16 @@ class Auto(Compressor):
         self._feedback = ErrorFeedback(self._switch or makers[first]())
         self._all = [Choice(entry, overlap) for entry in makers for overlap in overlaps]
         self._plain = [choice for choice in self._all if choice.entry == first]
-        self._plain_updates = max(plain_updates, len(self._plain)) if len(makers) > 1 else 0
+        self._plain_updates = plain_updates
+        self._to_know = KNOWN * len(self._plain) if others else 0  # plain updates to be measured, whenever
         self._buckets: dict[str, Bucket] = {}
         self._size = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Workers that meet know nothing of each other's looks."""
+        self._settled: Choice | None = None  # the outcome of the last look at everything
+        self._look_every = LOOK_EVERY
         self._begin()
 
     def _begin(self) -> None:
@@ -153,15 +182,22 @@ class Auto(Compressor):
         self._choice = self._plain[0]
         self._trials: Trials | None = None
         self._plain_tails_s: dict[Choice, list[float]] = {choice: [] for choice in self._plain}
-        self._backward_s: list[float] = []
+        self._plain_backward_s: dict[Choice, list[float]] = {choice: [] for choice in self._plain}
+        self._plain_bytes = 0
+        self._link: Link | None = None  # as it was probed last
         self._settled_tails_s: list[float] = []
         self._reference_s = 0.0
+        self._since_probe_s = 0.0
 
     def start(self, bucket: Bucket, comm: Comm) -> Pending:
         self._buckets[bucket.name] = bucket
         if self._switch is not None:
             self._switch.current = self._choice.entry
         return self._feedback.start(bucket, comm)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._buckets.values())).flat.device
 
     def commit(self) -> None:
         self._feedback.commit()
@@ -172,45 +208,49 @@ class Auto(Compressor):
     def reset(self) -> None:
         """Measures anew: newcomers know nothing of what was tried before."""
         self._feedback.reset()
-        self._begin()
+        self._forget()
 
     def overlap(self) -> bool:
         return self._choice.overlap
 
-    def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
+    def measured(self, tail_s: float, backward_s: float, comm: Comm) -> None:
         if comm.size() == 1 or len(self._all) == 1:
             return
         if comm.size() != self._size:
             self._size = comm.size()
-            self._begin()
+            self._forget()
         if self._trials is not None:
             self._try(self._trials, agreed([tail_s], comm)[0])
-        elif self._reference_s or self._settled_tails_s:
+        elif self._reference_s:
             self._watch(tail_s, comm)
         else:
-            self._measure_plain(tail_s, wait_s, comm)
+            self._measure_plain(tail_s, backward_s, comm)
 
-    def _measure_plain(self, tail_s: float, wait_s: float, comm: Comm) -> None:
-        tail_s, wait_s = agreed([tail_s, wait_s], comm)
+    def _measure_plain(self, tail_s: float, backward_s: float, comm: Comm) -> None:
+        tail_s, backward_s = agreed([tail_s, backward_s], comm)
         self._plain_tails_s[self._choice].append(tail_s)
-        if not self._choice.overlap:
-            self._backward_s.append(tail_s - wait_s)
-        done = sum(map(len, self._plain_tails_s.values()))
-        if done >= self._plain_updates:
+        self._plain_backward_s[self._choice].append(backward_s)
+        done, lossy = sum(map(len, self._plain_tails_s.values())), self._feedback.lossy
+        if done >= self._to_know and lossy.update >= self._plain_updates and lossy.warm:
             self._look(comm)
         else:
             self._choice = self._plain[done % len(self._plain)]
 
     def _look(self, comm: Comm) -> None:
         """Chooses whom to try."""
-        choices = self._all
-        if len(self._makers) > 1:
-            link, costs = probe_link(comm), self._probe_costs(comm)
-            backward_s = statistics.median(self._backward_s) if self._backward_s else 0.0
+        choices, known = self._all, {}
+        if self._switch is not None:
+            link, costs = probe_link(comm, self._device), self._probe_costs(comm)
+            self._link, self._plain_bytes = link, costs[self._plain[0].entry].wire_bytes
+            # The quicker, where buckets leave at both times: an exchange beside it slows backward down on a CPU.
+            backward_s = min(statistics.median(times_s) for times_s in self._plain_backward_s.values())
             predicted = {choice: predicted_tail_s(choice, costs[choice.entry], link, backward_s) for choice in self._all}
             in_order = sorted(self._all, key=predicted.__getitem__)
-            worth_trying = [choice for choice in in_order if predicted[choice] <= WORTH_TRYING * predicted[in_order[0]]][:MOST_CHOICES]
+            plain = min(self._plain, key=lambda choice: min(self._plain_tails_s[choice]))
+            others = [choice for choice in in_order if choice != plain and predicted[choice] <= WORTH_TRYING * predicted[in_order[0]]]
+            worth_trying = [plain, *others][:MOST_CHOICES]
             choices = [choice for choice in self._all if choice in worth_trying]
+            known = {choice: times_s[-KNOWN:] for choice, times_s in self._plain_tails_s.items()}
             log.info(
                 "compression: backward %.0f ms, link %.1f MB/s and %.2f ms; predicted %s",
                 backward_s * 1e3,
@@ -218,8 +258,8 @@ class Auto(Compressor):
                 link.latency_s * 1e3,
                 ", ".join(f"{choice} {tail_s * 1e3:.0f} ms" for choice, tail_s in predicted.items()),
             )
-        self._trials = Trials(choices)
-        self._choice = choices[0]
+        self._trials = Trials(choices, known=known)
+        self._choice = self._trials.next() or choices[0]
 
     def _try(self, trials: Trials, tail_s: float) -> None:
         trials.record(self._choice, tail_s)
@@ -230,18 +270,30 @@ class Auto(Compressor):
         self._choice = trials.best()
         self._trials = None
         self._reference_s = statistics.median(trials.times_s[self._choice])
+        self._look_every = min(2 * self._look_every, LOOK_AT_LEAST_EVERY) if self._choice == self._settled else LOOK_EVERY
+        self._settled = self._choice
         tried = {**self._plain_tails_s, **trials.times_s}
         described = ", ".join(f"{choice} {statistics.median(times) * 1e3:.0f} ms" for choice, times in tried.items() if times)
         log.info("compression: from now on %s; backward to sums took: %s", self._choice, described)
 
     def _watch(self, tail_s: float, comm: Comm) -> None:
         self._settled_tails_s.append(tail_s)
-        if len(self._settled_tails_s) < LOOK_EVERY:
+        if len(self._settled_tails_s) < self._look_every:
             return
         median_s = agreed([statistics.median(self._settled_tails_s)], comm)[0]
         self._settled_tails_s = []
-        if not 1 / CHANGED <= median_s / self._reference_s <= CHANGED:
+        self._since_probe_s += median_s * self._look_every
+        if differ(median_s, self._reference_s, self._reference_s):
             log.info("compression: backward to sums takes %.0f ms instead of %.0f: looking again", median_s * 1e3, self._reference_s * 1e3)
+            self._begin()
+        elif self._link is not None and probe_time_s(self._link) <= PROBE_SHARE * self._since_probe_s:
+            self._watch_link(self._link, probe_link(comm, self._device))
+
+    def _watch_link(self, before: Link, now: Link) -> None:
+        """Whether plain sums would take another time on the link, by so much that it matters beside the tail."""
+        self._since_probe_s = 0.0
+        if differ(now.time_s(self._plain_bytes), before.time_s(self._plain_bytes), self._reference_s):
+            log.info("compression: the link has %.1f MB/s instead of %.1f: looking again", now.bytes_per_s / 1e6, before.bytes_per_s / 1e6)
             self._begin()
 
     def _probe_costs(self, comm: Comm) -> dict[str, Cost]:
@@ -269,18 +321,27 @@ def agreed(figures: list[float], comm: Comm) -> list[float]:
     return comm.allreduce_async(torch.tensor(figures, dtype=torch.float64), "policy.agreed", "max").wait().tolist()
 
 
-def probe_link(comm: Comm) -> Link:
-    """Latency and bandwidth of an allreduce between the workers as they are now."""
-    latency_s = min(_allreduce_s(comm, 1) for _ in range(5))
-    probe_s = min(_allreduce_s(comm, PROBE_BYTES // 4) for _ in range(3))
+def differ(now_s: float, then_s: float, tail_s: float) -> bool:
+    """Whether two times differ by a quarter, of the smaller one and of the tail that they are a part of."""
+    return abs(now_s - then_s) > CHANGED * max(min(now_s, then_s), tail_s)
+
+
+def probe_link(comm: Comm, device: torch.device) -> Link:
+    """Latency and bandwidth of an allreduce between the workers as they are now, from memory of ``device``: GPUs may have links of their own."""
+    latency_s = min(_allreduce_s(comm, torch.zeros(1, device=device)) for _ in range(LATENCY_PROBES))
+    probe_s = min(_allreduce_s(comm, torch.zeros(PROBE_BYTES // 4, device=device)) for _ in range(BANDWIDTH_PROBES))
     latency_s, probe_s = agreed([latency_s, probe_s], comm)
     return Link(latency_s, ring_bytes(PROBE_BYTES, comm.size()) / max(probe_s - latency_s, 1e-6))
 
 
-def _allreduce_s(comm: Comm, numel: int) -> float:
-    tensor = torch.zeros(numel)
+def probe_time_s(link: Link) -> float:
+    """The most that ``probe_link`` takes: many workers send two times PROBE_BYTES each, two workers half of that."""
+    return LATENCY_PROBES * link.latency_s + BANDWIDTH_PROBES * link.time_s(2 * PROBE_BYTES)
+
+
+def _allreduce_s(comm: Comm, tensor: Tensor) -> float:
     started_s = time.perf_counter()
-    comm.allreduce_async(tensor, f"policy.probe.{numel}").wait()
+    comm.allreduce_async(tensor, f"policy.probe.{tensor.numel()}").wait()
     return time.perf_counter() - started_s
 
 

@@ -52,7 +52,12 @@ class TopK(Lossy):
             return self._target_ratio
         return FIRST_RATIO * (self._target_ratio / FIRST_RATIO) ** (self.update / self._warmup_updates)
 
+    @property
+    def warm(self) -> bool:
+        return self.ratio == self._target_ratio
+
     def start(self, bucket: Bucket, comm: Comm, residual: Tensor) -> Pending:
+        """Send each owner the largest of its part; ``residual`` keeps the rest until the sums are known."""
         select = Selection(Parts(bucket.flat.numel(), comm.size()), self.ratio, self.update)
         residual.copy_(bucket.flat)
         threshold = select.threshold(residual[select.sample(len(residual))])

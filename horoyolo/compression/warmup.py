@@ -26,6 +26,10 @@ class WarmUp(Lossy):
     def exact(self) -> bool:
         return self._active().exact
 
+    @property
+    def warm(self) -> bool:
+        return self.update >= self._updates
+
     def start(self, bucket: Bucket, comm: Comm, residual: Tensor) -> Pending:
         return self._active().start(bucket, comm, residual)
 
@@ -47,4 +51,4 @@ class WarmUp(Lossy):
         self._lossy.load_state_dict(state["lossy"])
 
     def _active(self) -> Lossy:
-        return self._dense if self.update < self._updates else self._lossy
+        return self._lossy if self.warm else self._dense

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,8 @@ class Compressor(Protocol):
     def overlap(self) -> bool:
         """Whether buckets should leave while backward runs in the next update."""
 
-    def measured(self, tail_s: float, wait_s: float, comm: Comm) -> None:
-        """What the update just committed cost, from the start of its last backward, and in ``finish``; collectives are allowed here."""
+    def measured(self, tail_s: float, backward_s: float, comm: Comm) -> None:
+        """What the update just committed cost, from the start of its last backward, and that alone; collectives are allowed here."""
 
     def reset(self) -> None:
         """The update under way is given up; the next one may be among other workers."""
@@ -87,7 +87,9 @@ class Exchange:
         self._compressor = compressor
         self._comm = comm
         self._armed = False
+        self._device = self.buckets[0].flat.device if self.buckets else torch.device("cpu")
         self._armed_s = 0.0
+        self._backward: tuple[Any, Any] = (0.0, 0.0)  # when the last backward of the update began, and when it filled its last bucket
         self._loss_scale = 1.0
         self._leave_early = False
         self._missing: list[set[str]] = []  # names of the gradients that backward still owes, for each bucket
@@ -119,6 +121,8 @@ class Exchange:
             raise RuntimeError(f"{', '.join(changed)}: frozen or thawed since the exchange was built; close it and build another")
         self._armed = True
         self._armed_s = time.perf_counter()
+        began = moment(self._device)
+        self._backward = (began, began)
         self._loss_scale = loss_scale
         self._leave_early = self._compressor.overlap()
         self._missing = [{name for name, _ in bucket.params} for bucket in self.buckets]
@@ -146,8 +150,9 @@ class Exchange:
         done_s = time.perf_counter()
         norm = global_norm([bucket.flat for bucket in self.buckets])
         finite = math.isfinite(norm)
+        tail_s = time.perf_counter() - self._armed_s  # the norm has waited for what a GPU had still to do
         self._end(used=finite)
-        self._cost_s = (done_s - self._armed_s, done_s - start_s) if finite else None
+        self._cost_s = (tail_s, seconds_between(*self._backward)) if finite else None
         return ExchangeStats(norm, done_s - start_s, wire_bytes)
 
     def measure(self) -> None:
@@ -193,8 +198,10 @@ class Exchange:
             if not self._armed:
                 return
             self._missing[index].discard(name)
-            if not self._missing[index] and self._leave_early:
-                self._start(index)
+            if not self._missing[index]:
+                self._backward = (self._backward[0], moment(self._device))
+                if self._leave_early:
+                    self._start(index)
 
         return gradient_ready
 
@@ -202,6 +209,20 @@ class Exchange:
         if self._loss_scale != 1:
             self.buckets[index].flat.div_(self._loss_scale)
         self._pending[index] = self._compressor.start(self.buckets[index], self._comm)
+
+
+def moment(device: torch.device) -> Any:
+    """Now, in the order of what a device does, for ``seconds_between``: a GPU may have queued much before."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """The time from one ``moment`` of a device to another, when both are over."""
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 def global_norm(flats: list[Tensor]) -> float:

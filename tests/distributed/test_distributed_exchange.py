@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -28,10 +29,14 @@ class RecordingCompressor(ErrorFeedback):
     def __init__(self, overlap: bool):
         super().__init__(Dense(), overlap)
         self.started = []
+        self.told = []
 
     def start(self, bucket, comm):
         self.started.append(bucket.name)
         return super().start(bucket, comm)
+
+    def measured(self, tail_s, backward_s, comm):
+        self.told.append((tail_s, backward_s))
 
 
 def backward(model: nn.Module) -> None:
@@ -103,6 +108,25 @@ def test_buckets_leave_while_backward_runs_only_when_armed_and_overlapped():
         assert sorted(exchange._compressor.started) == (names if left_in_backward else [])
         exchange.finish()
         assert sorted(exchange._compressor.started) == names  # each once
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_compressor_is_told_of_backward_without_what_is_waited_for_after_it(overlap):
+    model = build_model()
+    model[2].register_full_backward_pre_hook(lambda *_: time.sleep(0.05))
+    exchange = build_exchange(model, overlap)
+    for has_images in (True, False):
+        exchange.zero_grad()
+        exchange.arm()
+        if has_images:
+            backward(model)
+        time.sleep(0.2)  # for the losses of others, say
+        exchange.finish()
+        exchange.measure()
+    (tail_s, backward_s), (_, without_images_s) = exchange._compressor.told
+    assert 0.05 <= backward_s < 0.2
+    assert tail_s >= backward_s + 0.2
+    assert without_images_s == 0
 
 
 def test_a_worker_without_images_takes_part_with_zeros():
