@@ -39,10 +39,11 @@ class ExactSum(Dense):
         self._wide_grads = wide_grads
 
     def start(self, bucket: Bucket, comm: Comm, residual: Tensor) -> Pending:
-        """Send the float64 sums of the bucket's gradients; what is in the bucket is ignored."""
+        """Send the float64 sums of the bucket's gradients, with what is in the bucket: zeros, or what a lossy way to sum has left out before."""
         sums = [self._wide_grads.of(param) for _, param in bucket.params]
         flat = torch.cat([wide.as_strided((wide.numel(),), (1,)) for wide in sums])
         torch._foreach_zero_(sums)
+        flat.add_(bucket.flat)
         wire_bytes = ring_bytes(flat.numel() * flat.element_size(), comm.size())
         return _ExactPending(bucket, comm.allreduce_async(flat, bucket.name), wire_bytes)
 

@@ -103,6 +103,21 @@ def test_evaluation_and_frozen_layers_are_left_alone() -> None:
     assert not wide_grads.of(model[2].weight).any()  # used
 
 
+def test_what_a_lossy_way_to_sum_has_left_out_is_sent() -> None:
+    """A run that is resumed without compression."""
+    model = build_model()
+    wide_grads = convert_exact(model)
+    compressor = ErrorFeedback(ExactSum(wide_grads))
+    exchange = Exchange(model.named_parameters(), compressor, LocalComm(), 25.0)
+    plain = gradients(model, exchange, [images(3)])
+    residuals = {name: torch.randn_like(param) for name, param in model.named_parameters()}
+    compressor.load_rank_state_dict(residuals)
+    for grad, expected, residual in zip(gradients(model, exchange, [images(3)]), plain, residuals.values(), strict=True):
+        assert_close(grad, expected + residual)
+    assert compressor.rank_state_dict() == {}
+    assert all(torch.equal(grad, expected) for grad, expected in zip(gradients(model, exchange, [images(3)]), plain, strict=True))
+
+
 def test_layers_in_eval_mode_are_exact_while_others_train() -> None:
     """Frozen layers: what comes of an image must not depend on its neighbours there either."""
     model = build_model()
