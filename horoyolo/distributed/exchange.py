@@ -226,8 +226,14 @@ def seconds_between(start: Any, end: Any) -> float:
 
 
 def global_norm(flats: list[Tensor]) -> float:
-    """The 2-norm of all values together, in one pass over each buffer."""
-    norms = [torch.linalg.vector_norm(flat) for flat in flats]
+    """The 2-norm of all values together, in one pass over each buffer; finite where they are."""
+    norm = _norm(flats, torch.float32)
+    # Squares leave the range of float32 long before values do.
+    return norm if math.isfinite(norm) else _norm(flats, torch.float64)
+
+
+def _norm(flats: list[Tensor], dtype: torch.dtype) -> float:
+    norms = [torch.linalg.vector_norm(flat, dtype=dtype) for flat in flats]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 

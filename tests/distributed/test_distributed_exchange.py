@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 
 import pytest
@@ -15,7 +16,7 @@ from horoyolo.compression.dense import Dense
 from horoyolo.compression.feedback import ErrorFeedback
 from horoyolo.distributed.buckets import build_buckets
 from horoyolo.distributed.comm import LocalComm
-from horoyolo.distributed.exchange import Exchange
+from horoyolo.distributed.exchange import Exchange, global_norm
 
 
 def build_model() -> nn.Module:
@@ -184,3 +185,24 @@ def test_a_closed_exchange_leaves_the_model_alone():
     exchange.arm()
     backward(model)
     assert exchange._compressor.started == []
+
+
+def test_large_gradients_have_a_norm_and_others_have_none():
+    flats = [torch.full((100,), 3.0), torch.full((7,), -2.0)]
+    norm = (900 + 28) ** 0.5
+    for scale in (1.0, 1e18, 1e30, 1e38):
+        assert global_norm([flat * scale for flat in flats]) == pytest.approx(norm * scale, rel=1e-6)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert not math.isfinite(global_norm([flats[0], torch.tensor([1.0, bad])]))
+    assert global_norm([]) == 0
+
+
+def test_an_update_with_large_gradients_is_used():
+    model = build_model()
+    exchange = build_exchange(model)
+    exchange.arm()
+    (model(torch.ones(1, 3, 6, 6)).sum() * 1e30).backward()
+    norm = exchange.finish().norm
+    assert norm > 1e30
+    assert math.isfinite(norm)
+    assert exchange._compressor.lossy.update == 1
