@@ -52,7 +52,10 @@ class Choice(NamedTuple):
 
 
 class Switch(Lossy):
-    """Several ways to sum, one at a time; what one leaves out the next one sends, since residuals do not belong to a way."""
+    """Several ways to sum, one at a time; what one leaves out the next one sends, since residuals do not belong to a way.
+
+    Which is ``current`` is for others to say, and no part of the state.
+    """
 
     def __init__(self, makers: Mapping[str, Callable[[], Lossy]]):
         super().__init__()
@@ -78,15 +81,13 @@ class Switch(Lossy):
             member.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "current": self.current, "members": {name: member.state_dict() for name, member in self.members.items()}}
+        return {**super().state_dict(), "members": {name: member.state_dict() for name, member in self.members.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         for name, of_member in state["members"].items():
             if name in self.members:
                 self.members[name].load_state_dict(of_member)
-        if state["current"] in self.members:
-            self.current = state["current"]
 
 
 class Trials:

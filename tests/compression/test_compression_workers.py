@@ -9,15 +9,15 @@ import torch
 from laws import Round, check_conservation, check_same_bits
 from laws_worker import BROKEN, CASES, UPDATES
 
-from horoyolo.compression.build import COMPRESSORS
+from horoyolo.compression.build import NAMES
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, 3, 4])
 def workers(request, run_workers):
     return run_workers(Path(__file__).with_name("laws_worker.py"), request.param)
 
 
-@pytest.fixture(params=COMPRESSORS)
+@pytest.fixture(params=NAMES)
 def seen(request, workers):
     """By case and update, for each bucket what every worker saw of it."""
     return {
