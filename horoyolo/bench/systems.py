@@ -43,6 +43,7 @@ class Size:
     num_workers: int
 
     def words(self) -> list[str]:
+        """The flags that tell a worker."""
         return ["--cfg", self.cfg, "--img", str(self.img), "--batch", str(self.batch)]
 
 
