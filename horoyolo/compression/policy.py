@@ -6,7 +6,7 @@ among those, since no model knows how cores and network disturb each other. Plai
 took before others were tried: nothing else is chosen but what was measured to be quicker. All workers go by the same agreed figures.
 
 A settled choice is looked at now and then: whether its tail has changed, and whether the link has, by the probe that the prediction went by. A
-small payload's tail hardly shows that a slow link has become fast, and one plain update on a slow link may cost more than a hundred probes. The
+small payload's tail hardly shows that a slow link has become fast, and one plain update on a slow link costs as much as ten probes. The
 probe takes one per cent of the time at most. Each look at everything that ends where it began doubles the time to the next: a machine that others
 use now and then costs the job little.
 """
@@ -36,8 +36,8 @@ KNOWN = 2  # of the updates before trials that count as trials of plain sums
 LOOK_EVERY = 50  # updates between two looks at a settled choice, at first
 LOOK_AT_LEAST_EVERY = 32 * LOOK_EVERY
 CHANGED = 0.25  # of the tail: a difference by which it is another job
-PROBE_BYTES = 1 << 20
-LATENCY_PROBES, BANDWIDTH_PROBES = 5, 3
+PROBE_BYTES, MOST_PROBE_BYTES = 1 << 20, 1 << 24
+CLEAR = 4  # times the latency that a probe of the bandwidth takes, unless its bytes are the most: latencies vary by Horovod's cycle
 PROBE_SHARE = 0.01  # of the time between two probes
 
 
@@ -128,7 +128,8 @@ class Link:
     """What a worker's network does for it."""
 
     latency_s: float  # of the smallest allreduce
-    bytes_per_s: float  # sent by one worker in an allreduce of PROBE_BYTES
+    bytes_per_s: float  # sent by one worker in a large allreduce
+    probe_s: float = 0.0  # what it took to find out
 
     def time_s(self, wire_bytes: int) -> float:
         """What an exchange takes in which each worker sends so many bytes."""
@@ -287,7 +288,7 @@ class Auto(Compressor):
         if differ(median_s, self._reference_s, self._reference_s):
             log.info("compression: backward to sums takes %.0f ms instead of %.0f: looking again", median_s * 1e3, self._reference_s * 1e3)
             self._begin()
-        elif self._link is not None and probe_time_s(self._link) <= PROBE_SHARE * self._since_probe_s:
+        elif self._link is not None and self._link.probe_s <= PROBE_SHARE * self._since_probe_s:
             self._watch_link(self._link, probe_link(comm, self._device))
 
     def _watch_link(self, before: Link, now: Link) -> None:
@@ -329,15 +330,14 @@ def differ(now_s: float, then_s: float, tail_s: float) -> bool:
 
 def probe_link(comm: Comm, device: torch.device) -> Link:
     """Latency and bandwidth of an allreduce between the workers as they are now, from memory of ``device``: GPUs may have links of their own."""
-    latency_s = min(_allreduce_s(comm, torch.zeros(1, device=device)) for _ in range(LATENCY_PROBES))
-    probe_s = min(_allreduce_s(comm, torch.zeros(PROBE_BYTES // 4, device=device)) for _ in range(BANDWIDTH_PROBES))
-    latency_s, probe_s = agreed([latency_s, probe_s], comm)
-    return Link(latency_s, ring_bytes(PROBE_BYTES, comm.size()) / max(probe_s - latency_s, 1e-6))
-
-
-def probe_time_s(link: Link) -> float:
-    """The most that ``probe_link`` takes: many workers send two times PROBE_BYTES each, two workers half of that."""
-    return LATENCY_PROBES * link.latency_s + BANDWIDTH_PROBES * link.time_s(2 * PROBE_BYTES)
+    started_s = time.perf_counter()
+    latency_s = agreed([min(_allreduce_s(comm, torch.zeros(1, device=device)) for _ in range(5))], comm)[0]
+    num_bytes, large_s = PROBE_BYTES // 4, 0.0
+    while large_s < CLEAR * latency_s and num_bytes < MOST_PROBE_BYTES:
+        num_bytes *= 4
+        large_s = agreed([min(_allreduce_s(comm, torch.zeros(num_bytes // 4, device=device)) for _ in range(3))], comm)[0]
+    probe_s = agreed([time.perf_counter() - started_s], comm)[0]
+    return Link(latency_s, ring_bytes(num_bytes, comm.size()) / max(large_s - latency_s, 1e-6), probe_s)
 
 
 def _allreduce_s(comm: Comm, tensor: Tensor) -> float:

@@ -155,14 +155,31 @@ def test_a_link_that_became_fast_is_noticed_though_the_tail_is_the_same(known_co
     assert run_threads(2, work)[0] == ({"powersgd"}, {"none"})
 
 
+@pytest.mark.parametrize(("bytes_per_s", "largest"), [(2e6, 1 << 20), (1e8, 1 << 22), (1e11, 1 << 24)])
+def test_a_fast_link_is_probed_with_more_bytes(monkeypatch, bytes_per_s, largest):
+    """Few would say little beside a latency of 10 ms that varies."""
+    sent = []
+
+    def takes_s(comm: ThreadComm, tensor: torch.Tensor) -> float:
+        sent.append(4 * tensor.numel())
+        return 0.01 + 4 * tensor.numel() / bytes_per_s
+
+    monkeypatch.setattr(policy, "_allreduce_s", takes_s)
+    link = run_threads(2, lambda comm: policy.probe_link(comm, torch.device("cpu")))[0]
+    assert max(sent) == largest
+    assert link.bytes_per_s == pytest.approx(bytes_per_s, rel=1e-4)
+    assert link.latency_s == pytest.approx(0.01, rel=0.01)
+    assert link.probe_s > 0
+
+
 def test_probes_of_the_link_take_one_per_cent_at_most(known_costs, monkeypatch):
     probed = []
-    link = Link(1e-3, 4e6)
+    link = Link(1e-3, 4e6, probe_s=1.6)
     monkeypatch.setattr(policy, "probe_link", lambda comm, device: probed.append(comm.rank()) or link)
     tails_s = dict.fromkeys(COMPRESSORS, 10.0) | {"powersgd": 1.0}
     updates = 500
     run_threads(2, lambda comm: drive(comm, tails_s, updates))
-    assert 2 <= probed.count(0) - 1 <= 0.01 * updates * 0.9 / policy.probe_time_s(link)
+    assert 2 <= probed.count(0) - 1 <= 0.01 * updates * 0.9 / link.probe_s
 
 
 @pytest.mark.parametrize(("factor", "again"), [(1.15, False), (1.4, True), (0.65, True)])
