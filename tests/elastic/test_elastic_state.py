@@ -66,6 +66,30 @@ def test_a_cycle_that_the_user_set_goes_before_ours():
     assert env == {"HOROVOD_FUSION_THRESHOLD": "0"}
 
 
+def test_sums_do_not_depend_on_what_else_is_on_its_way_nor_on_who_began_when(tmp_path):
+    """Horovod's fusion would add in another order (among three workers), and newcomers and survivors would not agree on what to fuse."""
+    pytest.importorskip("horovod.torch", reason="Horovod is not installed (scripts/setup.sh builds it)")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
+    env |= {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "OMP_NUM_THREADS": "1"}
+    generations = [Rendezvous("127.0.0.1") for _ in SIZES]
+    argv = [sys.executable, str(Path(__file__).with_name("fusion_worker.py")), str(tmp_path)]
+    ports = [str(generation.port) for generation in generations]
+    workers = [subprocess.Popen([*argv, str(worker), *ports], env=env, stderr=subprocess.PIPE, text=True) for worker in range(max(SIZES))]
+    try:
+        for worker in workers:
+            told = worker.communicate(timeout=60)[1]
+            assert worker.returncode == 0, told
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        for generation in generations:
+            generation.close()
+    for worker in range(max(SIZES)):
+        for alone, *together in torch.load(tmp_path / f"rank{worker}.pt"):
+            assert all(torch.equal(left, right) for sums in together for left, right in zip(alone, sums, strict=True))
+
+
 BROADCAST_WORKER = Path(__file__).with_name("broadcast_worker.py")
 GLOO = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "HOROVOD_GLOO_TIMEOUT_SECONDS": "120"}
 
