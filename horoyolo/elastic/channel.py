@@ -3,8 +3,9 @@
 What a worker says is under the key ``say``, what it is told under ``tell``; between launcher and agent the keys are ``is`` and ``do``.
 
 worker -> launcher: ``ready`` (generation: the one it left, 0 at first), ``joined`` and ``broken`` (generation), ``pulse`` (step, phase, age_s,
-limit_s), ``left``, ``done``. launcher -> worker: ``alive``, ``place`` (generation, rank, size, local_rank, local_size, cross_rank, cross_size,
-addr, port, iface, stop), ``interrupt`` (generation), ``change`` (generation, leaving).
+limit_s), ``run`` (folder, step: where it goes on), ``left``, ``done``. launcher -> worker: ``alive``, ``place`` (generation, rank, size,
+local_rank, local_size, cross_rank, cross_size, addr, port, iface, stop, and what workers said last of the run: folder, step), ``interrupt``
+(generation), ``change`` (generation, leaving).
 """
 
 from __future__ import annotations

@@ -115,6 +115,7 @@ class Coordinator:
         self._selector = selectors.DefaultSelector()
         self._alive_s = 0.0
         self._told_to_stop: set[str] = set()
+        self._run: Message = {"folder": "", "step": 0}  # as workers told it
 
     def run(self, signals: SignalLog) -> int:
         """Listen and act until the job is over; its exit status."""
@@ -212,6 +213,9 @@ class Coordinator:
                 self.membership.broken(name, message["generation"], now)
             case "pulse":
                 self._watchdog.pulse(name, message, now)
+                self._run["step"] = max(self._run["step"], message.get("step") or 0)
+            case "run":
+                self._run = {"folder": message["folder"], "step": message["step"]}
             case "left":
                 self.membership.left(name, now)
             case "done":
@@ -299,7 +303,7 @@ class Coordinator:
         for place in action.places:
             self._watchdog.place(place.worker)
             numbers = {name: value for name, value in asdict(place).items() if name not in ("worker", "host")}
-            self._tell(place.worker, {"tell": "place", "generation": action.generation, **numbers, **where})
+            self._tell(place.worker, {"tell": "place", "generation": action.generation, **numbers, **where, **self._run})
 
     def _network(self, hosts: Sequence[str]) -> tuple[str, str]:
         """Where these hosts reach this machine, and the interface that their workers talk over."""

@@ -51,6 +51,14 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class KnownRun:
+    """What the launcher knows of the run that its workers have opened: should all of them be gone, the next ones go on with that."""
+
+    folder: Path
+    step: int  # the last one that was completed, as far as the launcher has heard
+
+
+@dataclass(frozen=True)
 class Place:
     """A worker's place in a generation."""
 
@@ -58,6 +66,7 @@ class Place:
     size: int
     env: dict[str, str]  # what Horovod reads
     stop: bool  # only to leave a checkpoint together
+    run: KnownRun | None = None  # None: nobody has opened one yet
 
 
 class Member:
@@ -125,7 +134,8 @@ class Member:
         if told.get("iface"):
             where["gloo_iface"] = told["iface"]
         env = {f"HOROVOD_{name.upper()}": str(value) for name, value in (numbers | where).items()}
-        return Place(self.generation, told["size"], env, bool(told.get("stop")))
+        run = KnownRun(Path(told["folder"]), told["step"]) if told.get("folder") else None
+        return Place(self.generation, told["size"], env, bool(told.get("stop")), run)
 
     @contextlib.contextmanager
     def joining(self) -> Iterator[None]:

@@ -88,7 +88,8 @@ class Training:
     first_bad: str = ""  # the tensor that made this worker's newest update be left out
     recent: deque[StepRecord] = field(default_factory=partial(deque, maxlen=REMEMBERED))  # the last steps
     begun: bool = False  # whether workers have met: before, the state is that of a newcomer
-    run: Run = field(init=False)  # known from then on
+    recalled: bool = False  # since workers met this process was replaced: the state is a copy, which may be old
+    run: Run = field(init=False)  # known once workers have met
 
     @property
     def global_batch(self) -> int:

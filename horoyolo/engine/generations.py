@@ -37,7 +37,7 @@ def recall(job: Training, memory: Path | None) -> None:
     kept = job.commits.latest() if note.exists() else None
     if kept is not None:
         restore(job, kept[1])
-        job.run, job.begun = Run(Path(note.read_text())), True
+        job.run, job.begun, job.recalled = Run(Path(note.read_text())), True, True
         job.standing.mark()
 
 
@@ -49,13 +49,16 @@ def keep(job: Training, memory: Path | None) -> None:
         job.commits.save(state_at_mark(job), job.standing.update)
 
 
-def note_run(job: Training, memory: Path | None) -> None:
-    """Leaves the name of the run's folder beside the copies in ``memory``."""
+def note_run(job: Training, member: Member) -> None:
+    """Tells the launcher the run's folder and where it goes on, and leaves the folder's name beside the copies in memory."""
+    folder, memory = str(job.run.folder.absolute()), member.memory
+    member.step = job.progress.step
+    member.say("run", folder=folder, step=member.step)
     if memory is None:
         return
     try:
         memory.mkdir(parents=True, exist_ok=True)
-        (memory / RUN_NOTE).write_text(str(job.run.folder.absolute()))
+        (memory / RUN_NOTE).write_text(folder)
     except OSError as error:
         log.warning("%s: %s; a worker that takes this one's place will have no copy of its state", memory, error.strerror)
 
@@ -73,7 +76,7 @@ def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRe
             place = member.wait_place()
             try:
                 comm.join(place)
-                outcome = train_generation(job, place, hooks, stop, open_run)
+                outcome = train_generation(job, member, place, hooks, stop, open_run)
                 if outcome is Outcome.CHANGE:
                     leaving = end_in_order(job, member)
                     if leaving:
@@ -100,14 +103,15 @@ def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRe
                 comm.leave()
 
 
-def train_generation(job: Training, place: Place, hooks: list[Hook], stop: StopRequest, open_run: Callable[[], None]) -> Outcome:
+def train_generation(
+    job: Training, member: Member, place: Place, hooks: list[Hook], stop: StopRequest, open_run: Callable[[], None]
+) -> Outcome:
     """Brings this generation's workers together, and trains until it ends."""
     last_step = job.recent[-1].step if job.recent else None
-    memory = job.member.memory
     start_logs(job.comm.rank(), job.comm.size())
-    with job.member.phase("start"):
-        synchronise(job)
-        note_run(job, memory)
+    with member.phase("start"):
+        synchronise(job, place.run)
+        note_run(job, member)
         open_run()
         watch(job, hooks, last_step)
     if place.stop:

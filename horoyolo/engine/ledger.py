@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horoyolo.engine.hooks import Hook, StepRecord
@@ -17,6 +18,17 @@ log = logging.getLogger("horoyolo")
 
 REMEMBERED = 256  # updates that every worker knows, which rank 0 may have died without writing
 TAIL_BYTES = 128 * REMEMBERED
+
+
+def last_step(folder: Path) -> int:
+    """The step of the last update that the ledger in a run's folder holds; 0 without one."""
+    try:
+        with (folder / FILE).open("rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
+            held = list(lines_from(stream.read().decode(errors="replace")))
+    except OSError:
+        return 0
+    return held[-1].step if held else 0
 
 
 class Ledger:

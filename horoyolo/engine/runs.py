@@ -69,11 +69,25 @@ def open_run(config: Config) -> Run:
     if folder is None:
         return Run(new_folder(Path(config.project), config.name, config.exist_ok or config.resume == "auto"))
     if config.resume in ("auto", "newest"):
-        newest = newest_checkpoint(folder / "checkpoints")
-        if newest is None and config.resume == "newest":
+        run = reopen_run(folder)
+        if run.resumed is None and config.resume == "newest":
             raise InputError(f"--resume: no good checkpoint in {folder / 'checkpoints'}")
-        return Run(folder, read_checkpoint(newest) if newest else None)
+        return run
     return Run(folder, read_checkpoint(find_checkpoint(Path(config.resume))[1]))
+
+
+def reopen_run(folder: Path) -> Run:
+    """The run in ``folder`` with the state of its newest good checkpoint, without one where it has none. Bad ones are set aside."""
+    newest = newest_checkpoint(folder / "checkpoints")
+    return Run(folder, read_checkpoint(newest) if newest else None)
+
+
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    """The state of a run's newest good checkpoint, as this host sees its folder; None without one. Changes nothing there."""
+    try:
+        return read_checkpoint(find_checkpoint(folder)[1])
+    except InputError:
+        return None
 
 
 def new_folder(project: Path, name: str, exist_ok: bool) -> Path:

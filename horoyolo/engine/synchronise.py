@@ -10,15 +10,18 @@ import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from horoyolo.config import Config, InputError
+from horoyolo.elastic.member import KnownRun
 from horoyolo.engine.build import Training
 from horoyolo.engine.checkpoint import read_rank_state
+from horoyolo.engine.ledger import last_step
 from horoyolo.engine.recipe import settle_anchors
-from horoyolo.engine.runs import Run, open_run
+from horoyolo.engine.runs import Run, newest_state, open_run, reopen_run
 from horoyolo.engine.state import Position
 from horoyolo.engine.transfer import broadcast_state, fingerprint
 
@@ -41,11 +44,14 @@ class Claim:
     position: Position
     update: int  # updates used
     run: Run | None  # without the state it may have been resumed from
+    survived: bool  # it was there when the last generation trained; others are new, or have a copy that may be old
 
 
-def synchronise(job: Training) -> None:
+def synchronise(job: Training, known: KnownRun | None = None) -> None:
     """Brings all workers to the state of the one that is furthest; the first time to that of rank 0, which opens the run.
 
+    ``known``: the run that workers before these had opened, the same for all. Where none of those is left, it goes on from its newest checkpoint,
+    or from a worker's copy that is newer.
     Every worker calls it when communication has begun. Raises InputError where workers were started with different data or settings, or there is
     nothing to resume; Disagreement where they differ afterwards.
     """
@@ -53,12 +59,14 @@ def synchronise(job: Training) -> None:
     claims = job.comm.allgather_object(claim_of(job))
     root = max(range(len(claims)), key=lambda other: (claims[other].position, -other))
     check_agreement(claims, rank, root)
-    if claims[root].position == NOWHERE:
+    if known is not None and not any(claim.survived for claim in claims):
+        go_on(job, claims, root, known)
+    elif claims[root].position == NOWHERE:
         begin(job)
     else:
         catch_up(job, claims, root)
     check_weights(job)
-    job.begun = True
+    job.begun, job.recalled = True, False
     job.standing.mark()
     while job.recent and job.recent[-1].step > job.progress.step:
         job.recent.pop()  # after the last update: it will be taken again
@@ -68,7 +76,7 @@ def claim_of(job: Training) -> Claim:
     """What this worker says of itself."""
     position = job.standing.position if job.begun else NOWHERE
     run = Run(job.run.folder) if job.begun else None
-    return Claim(platform.node(), job.data_hash, job.config, position, job.standing.update, run)
+    return Claim(platform.node(), job.data_hash, job.config, position, job.standing.update, run, survived=job.begun and not job.recalled)
 
 
 def check_agreement(claims: Sequence[Claim], rank: int, root: int) -> None:
@@ -83,30 +91,59 @@ def check_agreement(claims: Sequence[Claim], rank: int, root: int) -> None:
             raise InputError(f"the settings on {claim.host} differ from those on {told.host}: {different}")
 
 
-def begin(job: Training) -> None:
-    """The run as rank 0 opens it. It alone reads a checkpoint: the others need not see its disk."""
+def go_on(job: Training, claims: Sequence[Claim], root: int, known: KnownRun) -> None:
+    """The run of workers who are all gone, from the newest of what is left of it: a checkpoint that some worker sees, or the copy of ``root``.
+
+    Any worker may see it: the one that wrote it may have been on a host that is gone with its disk.
+    """
+    comm = job.comm
+    state = newest_state(known.folder)
+    mine = NOWHERE if state is None else Position(state["progress"]["returns"], state["progress"]["last_update_step"], state["sampler"]["epoch"])
+    del state
+    seen = comm.allgather_object((mine, last_step(known.folder)))
+    reader = max(range(len(seen)), key=lambda rank: (seen[rank][0], -rank))
+    copy, checkpoint = claims[root].position, seen[reader][0]
+    from_copy = copy > NOWHERE and copy >= checkpoint
+    if from_copy:
+        catch_up(job, claims, root)
+    else:
+        begin(job, reader, known.folder)
+    if comm.rank() == 0:
+        step = job.progress.step
+        lost = max(0, max(known.step, *(done for _, done in seen)) - step)
+        whence = f"the {'copy in memory' if from_copy else 'checkpoint'} of step {step}"
+        if not from_copy and checkpoint == NOWHERE:
+            whence = "the START, without a checkpoint"
+        level = logging.ERROR if lost or not from_copy else logging.INFO  # whoever had to be replaced to leave a generation kept all
+        log.log(level, "ALL WORKERS WERE LOST: %s goes on from %s; %d completed steps are lost and done again", job.run.folder, whence, lost)
+
+
+def begin(job: Training, root: int = 0, folder: Path | None = None) -> None:
+    """The run as ``root`` opens it: the one in ``folder``, or what the settings say. It alone reads a checkpoint: others need not see its disk."""
     comm = job.comm
     opened: Run | InputError | None = None
-    if comm.rank() == 0:
+    if comm.rank() == root:
         try:
-            opened = open_run(job.config)
+            opened = open_run(job.config) if folder is None else reopen_run(folder)
             check_parts(job, opened)
         except InputError as error:
             opened = error
     resumed = opened.resumed if isinstance(opened, Run) else None
-    told, is_resumed = comm.broadcast_object((Run(opened.folder) if isinstance(opened, Run) else opened, resumed is not None))
+    told, is_resumed = comm.broadcast_object((Run(opened.folder) if isinstance(opened, Run) else opened, resumed is not None), root)
     if isinstance(told, InputError):
         raise told
     job.run = told
     if resumed is not None:
         job.state.load_state_dict(resumed)
-    elif comm.rank() == 0:
+    elif comm.rank() == root:
         settle_anchors(job.model, job.train_split, job.config)
         job.ema.model.load_state_dict(job.model.state_dict())
-    state = broadcast_state(job.state.state_dict() if comm.rank() == 0 else None, comm, root=0)
-    if comm.rank() != 0:
+    state = broadcast_state(job.state.state_dict() if comm.rank() == root else None, comm, root)
+    if comm.rank() != root:
         job.state.load_state_dict(state)
     job.unreadable.files.clear()  # what can't be read now was found by the scan
+    if job.recalled:
+        job.compressor.load_rank_state_dict({})  # what the copy had not sent yet belongs to another step
     if is_resumed:
         log.info("resumed at step %d, epoch %d", job.progress.step, job.sampler.epoch)
         load_own(job)

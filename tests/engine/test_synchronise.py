@@ -18,10 +18,12 @@ from horoyolo.data.scan import scan_split
 from horoyolo.data.spec import load_data_spec
 from horoyolo.data.synthetic import write_synthetic
 from horoyolo.distributed.comm import Comm, CommBroken, Handle, LocalComm
+from horoyolo.elastic.member import KnownRun
 from horoyolo.engine.build import Training, build_model_for, build_training
+from horoyolo.engine.commit import copied, local_state, restore
 from horoyolo.engine.device import numerics_for
 from horoyolo.engine.synchronise import synchronise
-from horoyolo.engine.train import train_step
+from horoyolo.engine.train import train_step, whole_state
 from horoyolo.engine.transfer import fingerprint
 
 TIMEOUT_S = 60.0
@@ -126,11 +128,11 @@ def together(tasks: list[Callable[[], Any]]) -> list[Any]:
         return [future.result() for future in futures]
 
 
-def meet(jobs: list[Training]) -> None:
+def meet(jobs: list[Training], known: KnownRun | None = None) -> None:
     board = Board(len(jobs))
     for rank, job in enumerate(jobs):
         job.comm.sit_at(board, rank)  # type: ignore[attr-defined]
-    together([lambda job=job: synchronise(job) for job in jobs])
+    together([lambda job=job: synchronise(job, known) for job in jobs])
 
 
 def step(jobs: list[Training], deaf: Training | None = None, deaf_to: str = "bucket.1") -> None:
@@ -226,3 +228,79 @@ def test_a_newcomer_with_other_settings_is_turned_away(data: Path, tmp_path: Pat
         with pytest.raises(CommBroken):
             futures[0].result(TIMEOUT_S)
         futures[1].result(TIMEOUT_S)
+
+
+def save(job: Training) -> None:
+    job.save_checkpoint(whole_state(job))
+    job.background.wait()
+
+
+def test_newcomers_alone_go_on_from_the_newest_checkpoint(data: Path, tmp_path: Path, caplog: Any) -> None:
+    """Not in a new folder and not from the start, though the settings say so."""
+    config = config_for(data, tmp_path, exist_ok=True)
+    (gone,) = jobs = [build(config, BoardComm())]
+    meet(jobs)
+    folder = gone.run.folder
+    step(jobs)
+    step(jobs)
+    save(gone)
+    kept = shared(gone)
+    step(jobs)
+    newcomers = [build(config, BoardComm()) for _ in range(2)]
+    caplog.set_level("INFO", logger="horoyolo")
+    meet(newcomers, KnownRun(folder, 3))
+    assert {job.progress.step for job in newcomers} == {2}
+    assert {shared(job) for job in newcomers} == {kept}
+    assert {job.run.folder for job in newcomers} == {folder}
+    assert "goes on from the checkpoint of step 2; 1 completed steps are lost" in caplog.text
+    step(newcomers)
+    assert len({shared(job) for job in newcomers}) == 1
+
+
+def test_newcomers_alone_without_a_checkpoint_begin_anew_in_the_same_folder(data: Path, tmp_path: Path, caplog: Any) -> None:
+    config = config_for(data, tmp_path)
+    folder = tmp_path / config.name
+    folder.mkdir()
+    newcomers = [build(config, BoardComm()) for _ in range(2)]
+    caplog.set_level("INFO", logger="horoyolo")
+    meet(newcomers, KnownRun(folder, 7))
+    assert {(job.run.folder, job.progress.step) for job in newcomers} == {(folder, 0)}
+    assert "goes on from the START, without a checkpoint; 7 completed steps are lost" in caplog.text
+
+
+@pytest.mark.parametrize("copied_at", [1, 3])
+def test_of_a_copy_and_a_checkpoint_the_newer_one_is_taken(data: Path, tmp_path: Path, copied_at: int, caplog: Any) -> None:
+    config = config_for(data, tmp_path, **{"comms.compression": "int8"})
+    gone = [build(config, BoardComm()) for _ in range(2)]
+    meet(gone)
+    kept: list[Any] = []
+    residuals: dict[int, list[str]] = {}
+    for number in (1, 2, 3):
+        step(gone)
+        residuals[number] = [fingerprint(job.rank_state()["residuals"]) for job in gone]
+        if number == 2:
+            together([lambda job=job: save(job) for job in gone])
+        if number == copied_at:
+            kept = [copied(local_state(job)) for job in gone]
+    again = [build(config, BoardComm()) for _ in range(2)]
+    for job, state in zip(again, kept, strict=True):
+        restore(job, state)
+        job.run, job.begun, job.recalled = gone[0].run, True, True
+        job.standing.mark()
+    caplog.set_level("INFO", logger="horoyolo")
+    meet(again, KnownRun(gone[0].run.folder, 3))
+    assert {job.progress.step for job in again} == {max(copied_at, 2)}
+    whence = "copy in memory of step 3; 0" if copied_at == 3 else "checkpoint of step 2; 1"
+    assert f"goes on from the {whence} completed steps are lost" in caplog.text
+    assert [fingerprint(job.rank_state()["residuals"]) for job in again] == residuals[max(copied_at, 2)]
+
+
+def test_a_survivor_goes_before_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    config = config_for(data, tmp_path)
+    (survivor,) = jobs = [build(config, BoardComm())]
+    meet(jobs)
+    step(jobs)
+    save(survivor)
+    step(jobs)
+    meet([build(config, BoardComm()), survivor], KnownRun(survivor.run.folder, 2))
+    assert survivor.progress.step == 2
