@@ -311,7 +311,8 @@ class Coordinator:
         nic = self._job.nic
         if not others and not nic:
             return LOOPBACK
-        address = address_of(nic) or (own_address(others[0]) if others else "") or LOOPBACK[0]
+        numeric = next(filter(None, map(self._discovery.address, others)), "")  # a name server that is asked here would hold up all leases
+        address = address_of(nic) or (own_address(numeric) if numeric else "") or LOOPBACK[0]
         return address, nic or interface_of(address)
 
     def _close_rendezvous(self) -> None:

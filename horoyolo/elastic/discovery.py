@@ -2,7 +2,8 @@
 
 An answer counts when it is a list of hosts, at least one of them with a known name, and when it came twice in a row: a file may be read while
 an editor writes it. Whatever else happens (an error, nonsense, nothing, no answer in time), the last good list holds. It is asked in a thread of
-its own, so that a hanging program or name server holds nobody up.
+its own, so that a hanging program or name server holds nobody up; names are looked up there alone. What a name was found to mean holds as long as
+it is in the list: no host leaves because name servers have a bad moment.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from horoyolo.config import InputError
 from horoyolo.launch.hosts import NAME, Host, parse_hostfile, read_hostfile, slurm_hosts
-from horoyolo.launch.remote import is_this_machine
+from horoyolo.launch.remote import is_local, is_this_machine
 
 LIMIT_S = 10.0  # for a program's answer
 KUBERNETES = "/etc/mpi/discover_hosts.sh"  # which the MPI Operator keeps up to date: the names of the pods that run
@@ -113,11 +114,30 @@ def run(argv: Sequence[str], limit_s: float = LIMIT_S) -> str:
     return text
 
 
-def usable(hosts: Sequence[Host]) -> list[Host]:
+class Names:
+    """What hosts' names mean on this machine."""
+
+    def __init__(self) -> None:
+        self._addresses: dict[str, str] = {}
+
+    def learn(self, names: Iterable[str]) -> None:
+        """Look up those of these names that are not known yet, and forget all others."""
+        self._addresses = {name: address for name in names if (address := self._addresses.get(name) or _look_up(name))}
+
+    def address(self, name: str) -> str:
+        """The numeric address of a known name, '' for others."""
+        return self._addresses.get(name, "")
+
+    def is_here(self, name: str) -> bool:
+        """Whether a name is this machine's."""
+        return is_local(name) or bool(self.address(name) and is_this_machine(self.address(name)))
+
+
+def usable(hosts: Sequence[Host], names: Names) -> list[Host]:
     """The hosts whose names are known; this machine is one host of one name, whatever it is called. Raises DiscoveryError when none is left."""
-    mine = [host for host in hosts if is_this_machine(host.name)]
+    mine = [host for host in hosts if names.is_here(host.name)]
     here = [Host(this_machine(), sum(host.slots for host in mine))] if mine else []
-    found = [here[0] if host in mine else host for host in hosts if host in mine[:1] or (host not in mine and _resolves(host))]
+    found = [here[0] if host in mine else host for host in hosts if host in mine[:1] or (host not in mine and names.address(host.name))]
     if not found:
         raise DiscoveryError(f"no known host among {', '.join(host.name for host in hosts)}")
     return found
@@ -129,12 +149,13 @@ def this_machine() -> str:
     return name if NAME.fullmatch(name) else "localhost"
 
 
-def _resolves(host: Host) -> bool:
+def _look_up(name: str) -> str:
+    """The first address of a name, one of IPv4 where there is one; '' when it has none."""
     try:
-        socket.getaddrinfo(host.name, None)
+        found = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_DGRAM)
     except OSError:
-        return False
-    return True
+        return ""
+    return str(min(found, key=lambda each: each[0] != socket.AF_INET)[4][0])
 
 
 class Discovery:
@@ -148,6 +169,8 @@ class Discovery:
         self._hosts: list[Host] = []
         self._heard: list[Host] | None = None
         self._trouble = ""
+        self._names = Names()
+        self._unknown: list[str] = []
         self._closed = threading.Event()
 
     def start(self) -> None:
@@ -158,6 +181,10 @@ class Discovery:
         """The last good list; empty before the first."""
         return self._hosts
 
+    def address(self, name: str) -> str:
+        """The numeric address of a host of the list, without asking anybody; '' where there is none."""
+        return self._names.address(name)
+
     def close(self) -> None:
         """Ask no more; does not wait for an answer that is still to come."""
         self._closed.set()
@@ -166,7 +193,13 @@ class Discovery:
         """Take in one answer. What holds until it came twice is the list before; the first one counts at once."""
         trouble = ""
         try:
-            heard = usable(self._ask())
+            named = self._ask()
+            self._names.learn({host.name for host in (*named, *self._hosts)})
+            unknown = [host.name for host in named if not (self._names.address(host.name) or self._names.is_here(host.name))]
+            if unknown and unknown != self._unknown:
+                self._tell(f"hosts: {', '.join(unknown)} left out: no such name is known here")
+            self._unknown = unknown
+            heard = usable(named, self._names)
             if heard == self._heard or not self._hosts:
                 self._hosts = heard
             self._heard = heard

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from horoyolo.config import InputError
 from horoyolo.elastic.coordinator import Elastic, agent_argv, run_elastic, workers_env
-from horoyolo.elastic.discovery import KUBERNETES, Ask, DiscoveryError, ask_hostfile, ask_program, ask_slurm, usable
+from horoyolo.elastic.discovery import KUBERNETES, Ask, DiscoveryError, Names, ask_hostfile, ask_program, ask_slurm, usable
 from horoyolo.elastic.membership import Limits
 from horoyolo.launch.environment import travelling_env, worker_env
-from horoyolo.launch.hosts import Host, local_hosts, parse_host_list
+from horoyolo.launch.hosts import local_hosts, parse_host_list
 from horoyolo.launch.job import Job
 from horoyolo.launch.run import new_status_dir
 from horoyolo.launch.start import chosen_ssh, write_batch
@@ -115,7 +115,9 @@ def launch_elastic(parsed: argparse.Namespace, words: Sequence[str]) -> int:
 def dry_run(job: Job, elastic: Elastic) -> list[str]:
     """What would run, as lines for a shell: the agent of each host of the present list; last, what each agent starts, with its variables."""
     try:
-        hosts: Sequence[Host] = usable(elastic.ask())
+        names, hosts = Names(), elastic.ask()
+        names.learn(host.name for host in hosts)
+        hosts = usable(hosts, names)
     except DiscoveryError as error:
         raise InputError(f"hosts: {error}") from error
     told = [f"{name}={value}" for name, value in sorted(workers_env(job).items())]

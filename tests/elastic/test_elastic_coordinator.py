@@ -9,10 +9,25 @@ import pytest
 from elasticjob import wait_until
 
 from horoyolo.elastic.agent import kept_memory
+from horoyolo.elastic.coordinator import Coordinator, Elastic
+from horoyolo.elastic.membership import Limits
+from horoyolo.launch.hosts import Host
+from horoyolo.launch.job import Job
 
 
 def pids(places) -> list[int]:
     return [place["pid"] for place in places]
+
+
+def test_no_name_is_looked_up_in_the_loop_that_keeps_leases(monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr("horoyolo.elastic.coordinator.own_address", lambda host: asked.append(host) or "127.0.0.1")
+    monkeypatch.setattr("horoyolo.elastic.discovery._look_up", lambda name: "192.0.2.7")
+    coordinator = Coordinator(Job(1, (), {}), Elastic(Limits(1), lambda: [Host("far.away", 1)], 60))
+    coordinator._discovery.ask_once()
+    assert coordinator._network(["far.away"]) == ("127.0.0.1", "lo")
+    assert asked == ["192.0.2.7"]
+    coordinator.close()
 
 
 def test_a_dead_worker_costs_its_slot_for_a_while_and_the_others_go_on_at_once(start_elastic):

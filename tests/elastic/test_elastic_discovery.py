@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from pathlib import Path
 
 import pytest
 
 from horoyolo.config import InputError
-from horoyolo.elastic.discovery import Discovery, DiscoveryError, ask_hostfile, ask_program, ask_slurm, run, this_machine, usable, with_slots
+from horoyolo.elastic.discovery import Discovery, DiscoveryError, Names, ask_hostfile, ask_program, ask_slurm, run, this_machine, usable, with_slots
 from horoyolo.launch.hosts import Host
 
 HERE = "localhost"
@@ -74,11 +75,59 @@ def test_slurm_without_any_node_that_is_up_is_no_answer(tmp_path, monkeypatch):
 
 def test_unknown_names_are_left_out_and_this_machine_is_one_host():
     here = this_machine()
-    assert usable([Host("localhost", 2), Host("127.0.0.1", 1)]) == [Host(here, 3)]
-    assert usable([Host("no.such.name.invalid", 2), Host("127.0.0.1", 1)]) == [Host(here, 1)]
-    assert usable([Host("192.0.2.1", 2), Host("::1", 1), Host(here, 1)]) == [Host("192.0.2.1", 2), Host(here, 2)]
+
+    def known(*hosts):
+        names = Names()
+        names.learn(host.name for host in hosts)
+        return usable(hosts, names)
+
+    assert known(Host("localhost", 2), Host("127.0.0.1", 1)) == [Host(here, 3)]
+    assert known(Host("no.such.name.invalid", 2), Host("127.0.0.1", 1)) == [Host(here, 1)]
+    assert known(Host("192.0.2.1", 2), Host("::1", 1), Host(here, 1)) == [Host("192.0.2.1", 2), Host(here, 2)]
     with pytest.raises(DiscoveryError, match="no known host"):
-        usable([Host("no.such.name.invalid", 2)])
+        known(Host("no.such.name.invalid", 2))
+
+
+class NameServer:
+    """In the place of ``socket.getaddrinfo``: what it knows, and who was asked for."""
+
+    def __init__(self, **known):
+        self.known, self.asked = known, []
+
+    def __call__(self, name, *arguments, **more):
+        self.asked.append(name)
+        if name not in self.known:
+            raise socket.gaierror(socket.EAI_AGAIN, "a bad moment")
+        return [(socket.AF_INET6, 2, 17, "", ("2001:db8::9", 0, 0, 0)), (socket.AF_INET, 2, 17, "", (self.known[name], 0))]
+
+
+def test_no_host_leaves_because_name_servers_have_a_bad_moment(monkeypatch):
+    told: list[str] = []
+    one, both = [Host("n1", 2)], [Host("n1", 2), Host("n2", 2)]
+    server = NameServer(n1="192.0.2.1", n2="192.0.2.2")
+    monkeypatch.setattr("horoyolo.elastic.discovery.socket.getaddrinfo", server)
+    monkeypatch.setattr("horoyolo.elastic.discovery.is_this_machine", lambda address: False)
+    discovery = Discovery(Answers(both, both, both, one, one, one, both, both, both, both), 1, told.append)
+    discovery.ask_once()
+    assert discovery.hosts() == both
+    assert discovery.address("n2") == "192.0.2.2"
+    server.known.clear()
+    for _ in range(2):
+        discovery.ask_once()
+    assert discovery.hosts() == both
+    assert sorted(server.asked) == ["n1", "n2"]
+    for _ in range(3):
+        discovery.ask_once()
+    assert discovery.hosts() == one
+    discovery.ask_once()  # it has left the list, and is looked up anew
+    assert discovery.hosts() == one
+    assert told == ["hosts: n2 left out: no such name is known here"]
+    server.known["n2"] = "192.0.2.3"
+    for _ in range(3):
+        discovery.ask_once()
+    assert discovery.hosts() == both
+    assert discovery.address("n2") == "192.0.2.3"
+    assert len(told) == 1
 
 
 class Answers:
