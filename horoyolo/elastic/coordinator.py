@@ -21,6 +21,7 @@ from horoyolo.elastic.channel import ALIVE_EVERY_S, SLOTS, Lines, Message, encod
 from horoyolo.elastic.discovery import Ask, Discovery
 from horoyolo.elastic.membership import Limits, Membership
 from horoyolo.elastic.rendezvous import Rendezvous
+from horoyolo.elastic.screen import Screen
 from horoyolo.elastic.watchdog import Watchdog
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.interface import address_of, interface_of, own_address
@@ -108,7 +109,8 @@ class Coordinator:
         self._job = job
         self._elastic = elastic
         self._watchdog = Watchdog(elastic.hang_timeout_s)
-        self._discovery = Discovery(elastic.ask, elastic.ask_every_s, log)
+        self._screen = Screen()
+        self._discovery = Discovery(elastic.ask, elastic.ask_every_s, self._log)
         self._lines: dict[str, _Line] = {}
         self._host_of: dict[str, str] = {}  # worker -> host
         self._rendezvous: Rendezvous | None = None
@@ -129,13 +131,13 @@ class Coordinator:
             for action in self.membership.decide(now):
                 if isinstance(action, Finish):
                     if action.why:
-                        log(action.why)
+                        self._log(action.why)
                     return action.status
                 self._do(action, now)
             if self.membership.is_up():
                 self._close_rendezvous()
             if signals.insisted:
-                log("killed on request")
+                self._log("killed on request")
                 return 1
             self._listen(min(POLL_S, self.membership.next_s(now)))
 
@@ -150,9 +152,10 @@ class Coordinator:
         while self._lines and time.monotonic() < end_s:
             self._listen(POLL_S)
         for host in list(self._lines):
-            log(f"{host} does not answer: what is left there ends by itself")
+            self._log(f"{host} does not answer: what is left there ends by itself")
             self._hang_up(host)
         self._selector.close()
+        self._screen.close()
 
     # -- what is heard
 
@@ -182,7 +185,7 @@ class Coordinator:
         *lines, line.unread = (line.unread + part).split(b"\n") if part else [line.unread, b""]
         for words in filter(None, lines):
             line.complaint = words.decode(errors="replace").strip()
-            print(words.decode(errors="replace"), file=sys.stderr, flush=True)
+            self._screen.say(words.decode(errors="replace"))
 
     def _hear(self, line: _Line, part: bytes) -> None:
         now = time.monotonic()
@@ -254,7 +257,7 @@ class Coordinator:
     def _do(self, action: object, now: float) -> None:
         match action:
             case Tell():
-                log(action.line)
+                self._log(action.line)
             case OpenHost():
                 self._open(action.host, now)
             case CloseHost():
@@ -339,7 +342,5 @@ class Coordinator:
         if line is not None:
             line.tell(message)
 
-
-def log(line: str) -> None:
-    """A line for the user, on standard error."""
-    print(f"horoyolo: {line}", file=sys.stderr, flush=True)
+    def _log(self, line: str) -> None:
+        self._screen.say(f"horoyolo: {line}")

@@ -23,14 +23,21 @@ def start_elastic(tmp_path: Path) -> Iterator[Callable[..., ElasticJob]]:
     jobs = []
 
     def start(
-        slots: int, min_np: int, max_np: int | None = None, plan: str = "", worker: Path = STUB, hang_timeout_s: float = 15, **env: str
+        slots: int,
+        min_np: int,
+        max_np: int | None = None,
+        plan: str = "",
+        worker: Path = STUB,
+        hang_timeout_s: float = 15,
+        stderr: int | None = None,
+        **env: str,
     ) -> ElasticJob:
         hostfile = tmp_path / "hosts"
         hostfile.write_text(f"localhost slots={slots}\n")
         argv = [sys.executable, str(worker), str(tmp_path), *filter(None, [plan])]
         words = [argv, env, str(hostfile), min_np, max_np, hang_timeout_s]
         with (tmp_path / "log.txt").open("w") as log:
-            process = subprocess.Popen([sys.executable, "-c", LAUNCH, json.dumps(words)], stdout=log, stderr=log)
+            process = subprocess.Popen([sys.executable, "-c", LAUNCH, json.dumps(words)], stdout=log, stderr=stderr or log)
         jobs.append(ElasticJob(process, tmp_path, hostfile))
         return jobs[-1]
 

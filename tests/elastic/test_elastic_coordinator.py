@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -47,6 +48,23 @@ def test_a_dead_worker_costs_its_slot_for_a_while_and_the_others_go_on_at_once(s
         (job.out / f"finish.{slot}").touch()
     assert job.wait() == 0
     assert not job.processes()
+
+
+def test_standard_error_that_nobody_reads_holds_nobody_up(start_elastic):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(2**16))
+    os.set_blocking(writer, True)
+    job = start_elastic(slots=2, min_np=1, stderr=writer)
+    first = job.wait_for(1, 2)
+    os.kill(first[0]["pid"], signal.SIGKILL)  # of which the launcher has something to tell
+    job.wait_for(2, 1)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 75
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_worker_that_hangs_is_killed(start_elastic):
