@@ -78,7 +78,8 @@ class Watchdog:
         return found
 
     def overdue_hosts(self, now: float) -> dict[str, str]:
-        """Hosts whose agent is silent."""
+        """Hosts whose agent is silent; to be called like ``overdue_workers``, before or after it."""
+        self._allow_for_a_pause(now)
         return {host: f"no sign of life for {now - heard_s:.0f} s" for host, heard_s in self._hosts.items() if now - heard_s > LEASE_S}
 
     def _allow_for_a_pause(self, now: float) -> None:

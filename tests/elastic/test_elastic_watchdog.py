@@ -56,11 +56,13 @@ def test_waiting_in_a_broken_generation_is_limited(dog):
     assert not dog.overdue_workers(3)
 
 
-def test_nobody_is_blamed_for_what_a_launcher_that_stood_still_did_not_hear(dog):
+@pytest.mark.parametrize("hosts_first", [False, True])
+def test_nobody_is_blamed_for_what_a_launcher_that_stood_still_did_not_hear(dog, hosts_first):
     pulse(dog, 1)
     look_until(dog, 5)
-    assert not dog.overdue_workers(100)
-    assert not dog.overdue_hosts(100)
+    looks = [dog.overdue_workers, dog.overdue_hosts]
+    for look in reversed(looks) if hosts_first else looks:
+        assert not look(100)
     for now in range(101, 120):
         overdue = dog.overdue_workers(now)
     assert overdue
