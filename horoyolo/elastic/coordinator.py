@@ -282,8 +282,6 @@ class Coordinator:
                 self._form(action)
 
     def _open(self, host: Host, now: float) -> None:
-        if host.name in self._lines:  # an agent that was told to end has not ended yet
-            self._hang_up(host.name)
         argv = agent_argv(self._job, host, self._elastic.by_srun)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:

@@ -111,6 +111,7 @@ class Membership:
         self.stopping = False
         self.finished: Finish | None = None
         self._open: dict[str, bool] = {}  # host -> whether its agent is ready
+        self._closing: set[str] = set()  # hosts whose agent was told to end: only when it has may there be another, which it would kill
         self._slot_faults: dict[tuple[str, int], Fault] = {}
         self._host_faults: dict[str, Fault] = {}
         self._started = 0  # workers so far: their names
@@ -136,6 +137,9 @@ class Membership:
         if host not in self._open:
             return
         del self._open[host]
+        if host in self._closing:
+            self._closing.remove(host)
+            return
         rest_s = self._host_faults.setdefault(host, Fault()).fail(now)
         lost = [worker for worker in self.workers.values() if worker.host == host]
         told = f", with {len(lost)} workers" if lost else ""
@@ -376,7 +380,8 @@ class Membership:
         named = {host.name for host in self.hosts}
         for name in [name for name, is_ready in self._open.items() if is_ready and name not in named]:
             if not any(worker.host == name for worker in self.workers.values()):
-                del self._open[name]
+                self._open[name] = False
+                self._closing.add(name)
                 actions.append(CloseHost(name))
         return actions
 

@@ -24,6 +24,7 @@ class World:
         self.membership = Membership(limits)
         self.opening: list[str] = []
         self.open: set[str] = set()
+        self.closing: list[str] = []
         self.phase: dict[str, str] = {}  # worker -> starting, ready, placed, up, dying
         self.slot: dict[str, tuple[str, int]] = {}
         self.generation = dict[str, int]()
@@ -42,10 +43,12 @@ class World:
         match action:
             case OpenHost():
                 assert action.host.name not in self.open
+                assert action.host.name not in self.closing, "two agents of one host, which would kill each other"
                 self.opening.append(action.host.name)
             case CloseHost():
                 assert not any(host == action.host for host, _ in self.slot.values())
                 self.open.remove(action.host)
+                self.closing.append(action.host)
             case StartWorker():
                 assert action.host in self.open
                 assert (action.host, action.slot) not in self.slot.values(), "two workers in one slot"
@@ -104,6 +107,7 @@ class World:
             del self.phase[name], self.slot[name]
         self.open.discard(host)
         self.opening = [name for name in self.opening if name != host]
+        self.closing = [name for name in self.closing if name != host]
         self.membership.host_lost(host, "gone", self.now)
 
     def settle(self) -> None:
@@ -112,6 +116,9 @@ class World:
             self.open.add(host)
             self.membership.host_ready(host)
         self.opening = []
+        for host in self.closing:
+            self.membership.host_lost(host, "its agent has ended", self.now)
+        self.closing = []
         for name, phase in list(self.phase.items()):
             if phase == "starting":
                 self.say_ready(name)
@@ -309,6 +316,21 @@ def test_all_hosts_may_be_exchanged(world):
     assert [world.slot[name][0] for name in world.up()] == ["c", "c"]
     assert [len(form.places) for form in world.formed] == [4, 6, 2]
     assert not world.open - {"c"}
+
+
+def test_a_host_that_comes_back_at_once_waits_for_its_last_agent_to_end(world):
+    world.list = [A]
+    while not world.closing:
+        world.settle()
+    world.list = [A, B]
+    for _ in range(30):
+        world.pass_time(1)
+    assert world.closing == ["b"]
+    world.settle()
+    world.settle()
+    assert "b" in world.opening or "b" in world.open  # at once: it is no failure
+    world.run(15)
+    assert len(world.up()) == 4
 
 
 def test_a_run_that_is_done_is_done(world):
