@@ -417,7 +417,8 @@ class Membership:
                 self._finish(job_status(self._statuses or [0]), "")
         elif self.stopping:
             if not any(worker.rank >= 0 for worker in living):
-                self._finish(job_status(self._statuses or [1]), "" if self._statuses else "stopped with nothing to save")
+                # 75 without a worker that says so, too: an earlier start of the job may have left a checkpoint to go on from.
+                self._finish(job_status(self._statuses or [75]), "" if self._statuses else "stopped with nothing to save")
         elif self.generation is None:
             self._check_start(now)
         elif not self._members():

@@ -61,9 +61,9 @@ def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun", optio
         # In a session of its own, so that Ctrl-C reaches the workers through here alone.
         folder = launcher_folder(hosts, launcher)
         process = subprocess.Popen(argv, executable=program, env=env, cwd=folder, start_new_session=True)
-        _attend(process, agents, signals)
+        stopped = _attend(process, agents, signals)
         agents.end()
-        return job_status([*agents.statuses, process.returncode, *([1] if agents.lost else [])])
+        return job_status([*agents.statuses, 75 if stopped else process.returncode, *([1] if agents.lost else [])])
 
 
 class SignalLog:
@@ -221,9 +221,9 @@ def _missing(agents: _Agents, lines: dict[str, tuple[list[str], int]]) -> list[s
     return [where for where, (_, wanted) in lines.items() if agents.num_ready[where] < wanted]
 
 
-def _attend(process: subprocess.Popen, agents: _Agents, signals: SignalLog) -> None:
-    """Wait for the launcher to end, passing signals on to the workers."""
-    told = False
+def _attend(process: subprocess.Popen, agents: _Agents, signals: SignalLog) -> bool:
+    """Wait for the launcher to end, passing signals on to the workers. Whether it was ended on request before workers had anything to save."""
+    told, stopped = False, False
     while process.poll() is None:
         if signals.insisted:
             agents.end()
@@ -235,9 +235,11 @@ def _attend(process: subprocess.Popen, agents: _Agents, signals: SignalLog) -> N
             told = True
             agents.tell(f"{agent.SIGNAL} {signals.first}")
         elif told and agents.have_answered and not agents.num_workers:
+            stopped = True
             end_process(process)  # no worker has come far enough to have something to save
         else:
             agents.listen(POLL_S)
+    return stopped
 
 
 def end_process(process: subprocess.Popen) -> None:

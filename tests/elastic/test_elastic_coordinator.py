@@ -119,6 +119,14 @@ def test_a_request_to_stop_ends_the_job_with_75(start_elastic):
     assert not job.processes()
 
 
+def test_a_request_to_stop_before_there_is_anything_to_save_is_75_too(start_elastic):
+    job = start_elastic(slots=1, min_np=2)
+    wait_until(lambda: list(job.out.glob("started.*")))
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 75
+    assert not job.processes()
+
+
 def test_a_request_to_stop_while_workers_are_too_few(start_elastic):
     job = start_elastic(slots=2, min_np=2)
     first = job.wait_for(1, 2)

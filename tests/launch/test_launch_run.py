@@ -134,7 +134,7 @@ def test_a_request_before_the_workers_are_ready_ends_them(start_job, tmp_path):
     process = start_job("work", 2)
     wait_until(lambda: len(worker_pids(tmp_path)) == 2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(40) == 1
+    assert process.wait(40) == 75  # a job that was started again may have a checkpoint
     assert not any(is_running(pid) for pid in worker_pids(tmp_path))
 
 
