@@ -267,7 +267,7 @@ def _lock(folder: Path) -> int | None:
 
 def main(folder: Path) -> None:
     """Serve one job on this host from its beginning to its end."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # the launcher decides when the job ends; unlike SIG_IGN, workers don't inherit this
     kill_job(folder)
     make_folder(folder)

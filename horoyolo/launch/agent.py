@@ -113,7 +113,7 @@ def kill_job(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """Serve one job from its beginning to its end."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the launcher decides when the job ends
     folder.mkdir(mode=0o700)  # one that is there already belongs to somebody else
     agent = Agent(folder)

@@ -26,6 +26,7 @@ from horoyolo.launch.session import ssh_to
 from horoyolo.launch.slurm import SlurmOptions, srun_command
 from horoyolo.launch.status import STATUS_DIR, job_status
 
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 POLL_S = 0.05
 SECOND_SIGNAL_S = 2.0  # a signal sooner than that after the first is the same wish: terminals and launchers often send it twice
 GRACE_S = 15.0  # horovodrun itself takes up to 10 s to end its workers
@@ -46,7 +47,7 @@ def job_command(job: Job, hosts: Sequence[Host], launcher: str, options: SlurmOp
 def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun", options: SlurmOptions | None = None) -> int:
     """Run the workers and return their exit status: 0 done, 1 failed or killed, 2 bad input, 75 stopped on request.
 
-    The first SIGINT or SIGTERM is handed to the workers, which then stop at an agreed step; another one, at least two seconds later, kills
+    The first SIGINT, SIGTERM or SIGUSR1 is handed to the workers, which then stop at an agreed step; another one, at least two seconds later, kills
     them. No process of the job outlives this call, on any host, nor this process itself. Call it from the main thread; ``job.env`` names the
     status folder.
 
@@ -67,7 +68,7 @@ def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun", optio
 
 
 class SignalLog:
-    """While it is open, SIGINT and SIGTERM are only noted."""
+    """While it is open, requests to stop (``REQUESTS``) are only noted."""
 
     def __init__(self) -> None:
         self.first: int | None = None  # number of the first signal
@@ -75,7 +76,7 @@ class SignalLog:
         self._first_s = 0.0
 
     def __enter__(self) -> SignalLog:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._note) for number in REQUESTS}
         return self
 
     def __exit__(self, *exception: object) -> None:

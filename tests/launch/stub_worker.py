@@ -21,7 +21,8 @@ def main(plan: str, out: Path) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     elif plan == "stop":  # stops on request, after last steps that take their time
         stop = []
-        signal.signal(signal.SIGTERM, lambda *_: stop.append(time.monotonic()))
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: stop.append(time.monotonic()))
         announce_worker()
         (out / f"ready.{rank}").touch()
         while not stop:

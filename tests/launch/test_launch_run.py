@@ -107,13 +107,13 @@ def test_bad_input_met_by_one_of_two_workers_is_the_jobs_status(start_job, tmp_p
     assert not any(is_running(pid) for pid in worker_pids(tmp_path))
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
-def test_a_request_to_stop_reaches_all_workers_and_leaves_them_time(launcher, start_job, tmp_path):
+@pytest.mark.parametrize(("launcher", "number"), [("horovodrun", signal.SIGTERM), ("mpirun", signal.SIGUSR1)])
+def test_a_request_to_stop_reaches_all_workers_and_leaves_them_time(launcher, number, start_job, tmp_path):
     process = start_job("stop", 2, launcher)
     wait_until(lambda: len(list(tmp_path.glob("ready.*"))) == 2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)  # too soon to be meant
+    process.send_signal(number)  # too soon to be meant
     assert process.wait(40) == 75
     assert len(list(tmp_path.glob("stopped.*"))) == 2
 
