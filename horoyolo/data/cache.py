@@ -7,8 +7,9 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ import numpy as np
 from horoyolo.files import atomic_file
 
 FORMAT = "horoyolo label scan 3"  # change it with what a scan finds or how it is stored
+LOOK_EVERY_S = 0.05
+
+Beat = Callable[[], object]  # called again and again by what may take long: a sign of life
+
+
+def nothing() -> None:
+    """A beat that nobody hears."""
 
 
 def folders(root: Path) -> list[Path]:
@@ -26,10 +34,11 @@ def folders(root: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def one_at_a_time(folders: list[Path]) -> Iterator[None]:
+def one_at_a_time(folders: list[Path], beat: Beat = nothing) -> Iterator[None]:
     """Holds a lock on the first folder that can be made, so that of jobs and workers that start together one scans and the others find its results.
 
-    The kernel frees the lock of a process that dies. Where there are no locks, nobody waits: then several may scan.
+    Who waits calls ``beat`` again and again. The kernel frees the lock of a process that dies. Where there are no locks, nobody waits: then
+    several may scan.
     """
     with contextlib.ExitStack() as stack:
         for folder in folders:
@@ -37,11 +46,20 @@ def one_at_a_time(folders: list[Path]) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(folder, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _lock(descriptor, beat)
                 break
             except OSError:
                 continue
         yield
+
+
+def _lock(descriptor: int, beat: Beat) -> None:
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            beat()
+            time.sleep(LOOK_EVERY_S)
 
 
 def content_key(names: list[str], images: list[Path], labels: list[Path], num_classes: int) -> str:

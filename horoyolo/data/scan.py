@@ -7,6 +7,7 @@ import hashlib
 import math
 import multiprocessing
 import os
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import numpy as np
 
 from horoyolo.config import InputError
 from horoyolo.data import cache
+from horoyolo.data.cache import Beat, nothing
 from horoyolo.data.coco import CocoImage
 from horoyolo.data.decode import DecodeError, image_hw
 from horoyolo.data.labels import label_path, parse_labels, parse_outlines
@@ -101,11 +103,11 @@ class _Scanned:
     outlines: list[np.ndarray] = field(default_factory=list)  # m of (k, 2), or none
 
 
-def scan_split(spec: DataSpec, split: str, strict: bool = True) -> Split:
+def scan_split(spec: DataSpec, split: str, strict: bool = True, beat: Beat = nothing) -> Split:
     """Check every image and label file of a split, from the cache where these files were seen before.
 
-    Of processes that ask at the same time one looks and the others find what it found. Raises InputError when the split is missing, and, if
-    ``strict``, when it has no usable image, no box at all, or a class id beyond the number of classes.
+    Of processes that ask at the same time one looks and the others find what it found; all of them call ``beat`` again and again. Raises
+    InputError when the split is missing, and, if ``strict``, when it has no usable image, no box at all, or a class id beyond the number of classes.
     """
     files = spec.image_files(split)
     annotated = spec.annotations(split)
@@ -115,10 +117,11 @@ def scan_split(spec: DataSpec, split: str, strict: bool = True) -> Split:
     key = cache.content_key(names, files, sources, spec.num_classes)
     found = _load(cache.load(folders, split, key))
     if found is None:
-        with cache.one_at_a_time(folders):
+        with cache.one_at_a_time(folders, beat):
             found = _load(cache.load(folders, split, key))
             if found is None:
-                found = _gather(split, _scan_all(spec, [(file, annotated[file][0] if file in annotated else None) for file in files]))
+                images = [(file, annotated[file][0] if file in annotated else None) for file in files]
+                found = _gather(split, _scan_all(spec, images, beat))
                 cache.save(folders, split, key, _to_arrays(*found))
     kept, shapes_hw, labels, outlines, report = found
     if strict:
@@ -140,7 +143,7 @@ def shorten(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _scan_all(spec: DataSpec, images: list[tuple[Path, CocoImage | None]]) -> list[_Scanned]:
+def _scan_all(spec: DataSpec, images: list[tuple[Path, CocoImage | None]], beat: Beat) -> list[_Scanned]:
     """Scan images, each with its annotation if it has one, on all cores: in processes where there are many, since reading markers is Python."""
     look = partial(_scan_image, spec)
     cores = len(os.sched_getaffinity(0))
@@ -148,11 +151,19 @@ def _scan_all(spec: DataSpec, images: list[tuple[Path, CocoImage | None]]) -> li
         # Started from scratch: neither a fork of a process in which MPI may run, nor a fork server that is to load other modules.
         with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as processes:
             try:
-                return list(processes.map(look, images, chunksize=256))
+                return _listed(processes.map(look, images, chunksize=256), beat)
             except BrokenProcessPool:  # killed for memory, say
                 pass
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(look, images))
+        return _listed(pool.map(look, images), beat)
+
+
+def _listed(scanned: Iterable[_Scanned], beat: Beat) -> list[_Scanned]:
+    found = []
+    for image in scanned:
+        found.append(image)
+        beat()
+    return found
 
 
 def _scan_image(spec: DataSpec, source: tuple[Path, CocoImage | None]) -> _Scanned:

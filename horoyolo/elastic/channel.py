@@ -17,6 +17,8 @@ FD = "HOROYOLO_ELASTIC_FD"  # variable: number of the worker's end of its channe
 SLOT = "HOROYOLO_SLOT"  # which worker of its host it is, from 0
 SLOTS = "HOROYOLO_SLOTS"  # workers that its host may have
 MEMORY = "HOROYOLO_MEMORY"  # a folder in memory that outlives the worker, for the next one in its slot
+HANG_TIMEOUT = "HOROYOLO_HANG_TIMEOUT_S"  # how long it may take for a step at least
+HANG_TIMEOUT_S = 15.0
 LEASE_S = 15.0  # without a word for so long, the other side counts as gone
 ALIVE_EVERY_S = 3.0
 

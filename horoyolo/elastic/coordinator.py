@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from horoyolo.elastic.actions import Change, CloseHost, EndWorker, Finish, Form, Interrupt, OpenHost, StartWorker, Tell
-from horoyolo.elastic.channel import ALIVE_EVERY_S, SLOTS, Lines, Message, encode
+from horoyolo.elastic.channel import ALIVE_EVERY_S, HANG_TIMEOUT, HANG_TIMEOUT_S, SLOTS, Lines, Message, encode
 from horoyolo.elastic.discovery import Ask, Discovery
 from horoyolo.elastic.membership import Limits, Membership
 from horoyolo.elastic.rendezvous import Rendezvous
@@ -46,14 +46,14 @@ class Elastic:
     ask: Ask  # for the list of hosts
     ask_every_s: float
     by_srun: bool = False  # agents on other hosts are started by srun inside an allocation, not by ssh
-    hang_timeout_s: float = 15.0
+    hang_timeout_s: float = HANG_TIMEOUT_S
 
 
 def run_elastic(job: Job, elastic: Elastic) -> int:
     """Run an elastic job to its end and return its exit status: 0 done, 1 failed, 2 bad input, 75 stopped on request or for want of workers.
 
-    The first SIGINT, SIGTERM or SIGUSR1 has the workers stop at an agreed step; another one, at least two seconds later, kills them. No process of the
-    job outlives this call, on any host that can be reached; on others they end by themselves within LEASE_S. Call it from the main thread;
+    The first SIGINT, SIGTERM or SIGUSR1 has the workers stop at an agreed step; another one, at least two seconds later, kills them. No process of
+    the job outlives this call, on any host that can be reached; on others they end by themselves within LEASE_S. Call it from the main thread;
     ``job.env`` names the status folder, ``job.num_workers`` is of no meaning.
     """
     with SignalLog() as signals:
@@ -265,6 +265,7 @@ class Coordinator:
             case StartWorker():
                 interface = self._network([host.name for host in self.membership.hosts])[1]
                 env = {"HOROVOD_HOSTNAME": action.host, "HOROVOD_GLOO_IFACE": interface, SLOTS: str(action.slots)}
+                env[HANG_TIMEOUT] = str(self._elastic.hang_timeout_s)
                 self._host_of[action.worker] = action.host
                 self._watchdog.begin_worker(action.worker, now)
                 self._lines[action.host].tell({"do": "start", "worker": action.worker, "slot": action.slot, "env": env})

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from horoyolo.config import InputError
+from horoyolo.elastic.channel import HANG_TIMEOUT_S
 from horoyolo.elastic.coordinator import Elastic, agent_argv, run_elastic, workers_env
 from horoyolo.elastic.discovery import KUBERNETES, Ask, DiscoveryError, Names, ask_hostfile, ask_program, ask_slurm, usable
 from horoyolo.elastic.membership import Limits
@@ -20,7 +21,6 @@ from horoyolo.launch.run import new_status_dir
 from horoyolo.launch.start import chosen_ssh, write_batch
 from horoyolo.launch.status import STATUS_DIR
 
-HANG_TIMEOUT_S = 15.0
 FILE_EVERY_S, PROGRAM_EVERY_S, SLURM_EVERY_S = 1.0, 2.0, 10.0  # Slurm's controller serves everybody
 
 

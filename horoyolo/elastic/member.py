@@ -17,22 +17,24 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from horoyolo.config import InputError
-from horoyolo.elastic.channel import FD, LEASE_S, MEMORY, SLOT, SLOTS, Lines, Message, encode
+from horoyolo.elastic.channel import FD, HANG_TIMEOUT, HANG_TIMEOUT_S, LEASE_S, MEMORY, SLOT, SLOTS, Lines, Message, encode
 
 PULSE_EVERY_S = 1.0
-STEP_LIMIT_S, STEP_TIMES = 15.0, 10  # a step may take so long, or so many times the longest one so far
-OTHER_LIMIT_S = 600.0  # evaluation, checkpoints, plots; imports and the first step
+STEP_TIMES = 10  # a step may take --hang-timeout, or so many times the longest one so far
+OTHER_LIMIT_S = 600.0  # imports, the first batch of an epoch, the first step of a kind; scores, checkpoints, plots
 STUCK_S = 0.5  # after the connections of a broken generation were ended, for whoever waits in it to notice
-LIMITS_S: dict[str, float | None] = {"start": OTHER_LIMIT_S, "other": OTHER_LIMIT_S, "wait": None, "idle": None}
+LIMITS_S: dict[str, float | None] = {"start": OTHER_LIMIT_S, "first": OTHER_LIMIT_S, "other": OTHER_LIMIT_S, "wait": None, "idle": None}
 
 OUT, JOINING, UP = "out", "joining", "up"
+
+Batch = TypeVar("Batch")
 
 
 class Fixed:
@@ -48,6 +50,13 @@ class Fixed:
 
     def enter(self, name: str) -> None:
         """Nothing to note."""
+
+    def begin_step(self, kind: str) -> None:
+        """Nothing to note."""
+
+    def steps(self, batches: Iterable[Batch], kind: str) -> Iterable[Batch]:
+        """The same batches."""
+        return batches
 
 
 @dataclass(frozen=True)
@@ -72,14 +81,18 @@ class Place:
 class Member:
     """The channel of this worker. ``step`` is what it is at, for the signs of life."""
 
-    def __init__(self, channel: socket.socket, slot: int = 0, slots: int = 1, memory: Path | None = None) -> None:
-        """``slot`` of ``slots`` of this host is this worker's; ``memory`` outlives it."""
+    def __init__(
+        self, channel: socket.socket, slot: int = 0, slots: int = 1, memory: Path | None = None, hang_timeout_s: float = HANG_TIMEOUT_S
+    ) -> None:
+        """``slot`` of ``slots`` of this host is this worker's; ``memory`` outlives it. A step may take ``hang_timeout_s`` at least."""
         self.slot, self.slots, self.memory = slot, slots, memory
         self.step = 0
         self.generation = 0  # the last one that it had a place in
         self._channel = channel
         self._phase = ("start", time.monotonic())
+        self._hang_timeout_s = hang_timeout_s
         self._longest_step_s = 0.0
+        self._kinds: set[str] = set()  # of steps that were begun
         self._state = OUT
         self._sockets: set[int] = set()  # of the generation, by inode
         self._change: Message = {}
@@ -97,7 +110,7 @@ class Member:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """The main thread is in phase start, step, wait, other or idle while the block runs. Other threads' calls don't count."""
+        """The main thread is in phase start, first, step, wait, other or idle while the block runs. Other threads' calls don't count."""
         if threading.get_ident() != self._main:
             yield
             return
@@ -110,10 +123,23 @@ class Member:
     def enter(self, name: str) -> str:
         """The main thread is in another phase from now on, or in the same anew; gives the one before."""
         (last, since_s), now_s = self._phase, time.monotonic()
-        if last == "step":
+        if last in ("first", "step"):
             self._longest_step_s = max(self._longest_step_s, now_s - since_s)
         self._phase = (name, now_s)
         return last
+
+    def begin_step(self, kind: str) -> None:
+        """The main thread has a batch in hand. The first step of its kind has more time: memory is taken then, and kernels are chosen."""
+        self.enter("step" if kind in self._kinds else "first")
+        self._kinds.add(kind)
+
+    def steps(self, batches: Iterable[Batch], kind: str) -> Iterator[Batch]:
+        """The batches of a loop without collectives, each a step; behind it the main thread is in phase other."""
+        for batch in batches:
+            self.begin_step(kind)
+            yield batch
+            self.enter("step")  # the next batch is waited for
+        self.enter("other")
 
     # -- generations
 
@@ -206,7 +232,7 @@ class Member:
     def _pulse(self) -> None:
         while True:
             phase, since_s = self._phase
-            limit_s = max(STEP_LIMIT_S, STEP_TIMES * self._longest_step_s) if phase == "step" else LIMITS_S[phase]
+            limit_s = max(self._hang_timeout_s, STEP_TIMES * self._longest_step_s) if phase == "step" else LIMITS_S[phase]
             self.say("pulse", step=self.step, phase=phase, age_s=round(time.monotonic() - since_s, 3), limit_s=limit_s)
             time.sleep(PULSE_EVERY_S)
 
@@ -257,7 +283,8 @@ def open_member(env: Mapping[str, str]) -> Member:
     if FD not in env:
         raise InputError("train --elastic is one worker of an elastic job: start it as `horoyolo launch --min-np N -- train ...`")
     memory = Path(env[MEMORY]) if MEMORY in env else None
-    return Member(socket.socket(fileno=int(env[FD])), int(env.get(SLOT, "0")), int(env.get(SLOTS, "1")), memory)
+    hang_timeout_s = float(env.get(HANG_TIMEOUT, HANG_TIMEOUT_S))
+    return Member(socket.socket(fileno=int(env[FD])), int(env.get(SLOT, "0")), int(env.get(SLOTS, "1")), memory, hang_timeout_s)
 
 
 def start_again(why: str) -> None:

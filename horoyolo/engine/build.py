@@ -110,7 +110,8 @@ class Training:
 
     def evaluate(self, model: YOLO) -> tuple[dict[str, Any], list[float]]:
         """Metrics and losses on the validation split, over all workers."""
-        return evaluate(model, self.val_loader, self.val_split, self.numerics, self.comm, self.loss)
+        batches = self.member.steps(self.val_loader, "evaluate")
+        return evaluate(model, batches, self.val_split, self.numerics, self.comm, self.loss)
 
     def save_weights(self, model: YOLO, epoch: int, metrics: dict[str, Any] | None, is_best: bool) -> None:
         """Writes last.pt, best.pt and metrics.json on rank 0. A full disk stops no training: the files before stay good."""

@@ -14,6 +14,7 @@ import torch
 
 from horoyolo import __version__
 from horoyolo.config import AUTO_BATCH, Config, InputError
+from horoyolo.data.cache import Beat, nothing
 from horoyolo.data.loader import ending
 from horoyolo.data.scan import Split, scan_split
 from horoyolo.data.spec import DataSpec, load_data_spec
@@ -81,7 +82,7 @@ def start_member(config: Config, spec: DataSpec, model: YOLO, member: Member, on
     start_logs(rank=None, size=2)
     numerics = numerics_for(pick_device(config.device, member.slot), config.precision)
     comm = ElasticComm(member, cycle_time_ms(config))
-    splits = scan(spec, config)
+    splits = scan(spec, config, beat=partial(member.enter, "start"))
     job = build_training(config, comm, numerics, model, *splits, num_local=member.slots, member=member)
     import_writers()  # by now, since any worker may become rank 0
 
@@ -90,9 +91,9 @@ def start_member(config: Config, spec: DataSpec, model: YOLO, member: Member, on
         return train_elastic(job, comm, member, stop, partial(open_folder, job)) is not Outcome.STOPPED
 
 
-def scan(spec: DataSpec, config: Config) -> tuple[Split, Split]:
-    """The images and labels that training reads (InputError: too many are bad)."""
-    splits = scan_split(spec, "train"), scan_split(spec, "val")
+def scan(spec: DataSpec, config: Config, beat: Beat = nothing) -> tuple[Split, Split]:
+    """The images and labels that training reads (InputError: too many are bad); ``beat`` is called again and again meanwhile."""
+    splits = scan_split(spec, "train", beat=beat), scan_split(spec, "val", beat=beat)
     for split in splits:
         check_share(split.report, config.max_bad_share)
     return splits

@@ -53,6 +53,7 @@ def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> Outcome:
     while not is_finished(job):
         epoch, started_s = job.sampler.epoch, time.perf_counter()
         for batch, data_s in timed(job.loader):
+            member.begin_step("train")
             record, asked = train_step(job, batch, data_s, stop.pending)
             member.step = record.step
             job.recent.append(record)

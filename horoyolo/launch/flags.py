@@ -38,7 +38,7 @@ def describe_elastic(parser: argparse.ArgumentParser, where: argparse._MutuallyE
     where.add_argument("--discovery-script", metavar="FILE", help="a program that prints the hosts, HOST:SLOTS one a line; asked again and again")
     where.add_argument("--kubernetes", action="store_true", help="the pods of this MPIJob, as the MPI Operator lists them")
     group.add_argument("--slots-per-host", type=int, default=None, metavar="N", help="slots of a host that is listed without a number")
-    group.add_argument("--hang-timeout", type=float, default=None, metavar="S", help="a worker without a sign of life for so long is killed (15)")
+    group.add_argument("--hang-timeout", type=float, default=None, metavar="S", help="a worker silent, or in one step, for so long is killed (15)")
 
 
 def describe_hosts(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -242,3 +243,23 @@ def test_content_hash_is_the_same_at_another_place(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     second = scan_split(load_data_spec(tmp_path / "there" / "data.yaml"), "train")
     assert first.content_hash == second.content_hash
+
+
+def test_who_looks_and_who_waits_for_him_give_signs_of_life(tmp_path: Path) -> None:
+    spec = write_set(tmp_path, dict.fromkeys("abc", GOOD))
+    beats: list[str] = []
+    scan_split(spec, "train", beat=lambda: beats.append("looks"))
+    assert beats == ["looks"] * 3
+    waits = threading.Event()
+
+    def wait() -> None:
+        with cache.one_at_a_time([tmp_path], waits.set):
+            beats.append("has it")
+
+    with ThreadPoolExecutor(1) as pool, cache.one_at_a_time([tmp_path]):
+        pool.submit(wait)
+        for _ in range(2):
+            assert waits.wait(10)
+            waits.clear()
+        assert "has it" not in beats
+    assert beats[-1] == "has it"

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from horoyolo.elastic.channel import FD, LEASE_S, MEMORY, SLOT, Lines, encode
+from horoyolo.elastic.channel import FD, HANG_TIMEOUT, LEASE_S, MEMORY, SLOT, Lines, encode
 from horoyolo.launch.status import report_status
 
 
@@ -70,7 +70,7 @@ class Stub:
             place = self.wait_for("place")
             self.generation = place["generation"]
             self.say(say="joined", generation=self.generation)
-            note = {**place, "worker": self.me, "pid": os.getpid()}
+            note = {**place, "worker": self.me, "pid": os.getpid(), "hang_timeout": os.environ[HANG_TIMEOUT]}
             (self.out / f"place.{self.generation}.{place['rank']}").write_text(json.dumps(note))
             if place["stop"]:
                 return report_status(75)

@@ -70,6 +70,7 @@ def test_standard_error_that_nobody_reads_holds_nobody_up(start_elastic):
 def test_a_worker_that_hangs_is_killed(start_elastic):
     job = start_elastic(slots=2, min_np=1, hang_timeout_s=3)
     first = job.wait_for(1, 2)
+    assert [float(place["hang_timeout"]) for place in first] == [3, 3]  # the limit of their steps, too
     os.kill(first[0]["pid"], signal.SIGSTOP)
     begin_s = time.monotonic()
     assert pids(job.wait_for(2, 1)) == pids(first)[1:]

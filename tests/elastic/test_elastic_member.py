@@ -13,7 +13,7 @@ import time
 import pytest
 
 from horoyolo.config import InputError
-from horoyolo.elastic.channel import Lines, encode
+from horoyolo.elastic.channel import FD, HANG_TIMEOUT, Lines, encode
 from horoyolo.elastic.member import Member, end_sockets, open_member, tcp_sockets
 
 PLACE = {"rank": 1, "size": 2, "local_rank": 0, "local_size": 1, "cross_rank": 1, "cross_size": 2, "addr": "127.0.0.1", "port": 1, "stop": False}
@@ -75,6 +75,37 @@ def test_signs_of_life_say_what_the_main_thread_does(ends: tuple[Member, Agent])
     assert pulse["phase"] == "step"
     assert pulse["age_s"] < 1.5
     assert pulse["limit_s"] == 15
+
+
+def test_a_step_may_take_what_the_job_says_or_ten_times_the_longest_the_first_included() -> None:
+    ours, theirs = socket.socketpair()
+    member, agent = Member(theirs, hang_timeout_s=0.5), Agent(ours)
+    threading.Thread(target=agent.keep_alive, daemon=True).start()
+    member.begin_step("train")
+    assert agent.hear("pulse")["phase"] == "start"
+    pulse = agent.hear("pulse")
+    assert (pulse["phase"], pulse["limit_s"]) == ("first", 600)
+    member.begin_step("train")
+    pulse = agent.hear("pulse")
+    assert pulse["phase"] == "step"
+    assert 8 < pulse["limit_s"] < 20  # the first took about a second
+    phases = []
+    for _ in member.steps(range(2), "evaluate"):
+        phases.append(member.enter("other"))
+        member.enter(phases[-1])
+    assert phases == ["first", "step"]
+    assert member.enter("other") == "other"
+
+
+def test_a_step_may_take_the_hang_timeout_that_launch_was_given() -> None:
+    ours, theirs = socket.socketpair()
+    agent = Agent(ours)
+    threading.Thread(target=agent.keep_alive, daemon=True).start()
+    member = open_member({FD: str(theirs.detach()), HANG_TIMEOUT: "40.0"})
+    member.enter("step")
+    while (pulse := agent.hear("pulse"))["phase"] != "step":
+        pass
+    assert pulse["limit_s"] == 40
 
 
 def test_a_place_is_what_horovod_reads_and_a_change_is_of_its_generation(ends: tuple[Member, Agent]) -> None:

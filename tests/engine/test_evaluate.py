@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from horoyolo.distributed.comm import LocalComm
+from horoyolo.elastic.member import Fixed
 from horoyolo.engine.evaluate import CocoEvaluator, at_best_f1, score, to_original
 
 WORKER = Path(__file__).parent / "score_worker.py"
@@ -132,3 +133,20 @@ def test_no_file_of_coco_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     score(*scene(3))
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
+
+
+def test_each_batch_of_an_evaluation_is_a_step_for_whoever_watches(open_job: Any) -> None:
+    """A worker that hangs in one is found as soon as in a step of training, and a long evaluation is not taken for one that hangs."""
+    job = open_job(batch=1)
+    begun: list[str] = []
+
+    class Watched(Fixed):
+        def steps(self, batches: Any, kind: str) -> Any:
+            for batch in batches:
+                begun.append(kind)
+                yield batch
+
+    job.member = Watched()
+    job.evaluate(job.model)
+    assert begun == ["evaluate"] * len(job.val_loader)
+    assert len(begun) > 1
