@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from horoyolo.cli import NOT_YET, build_parser, train_config
+from horoyolo.elastic.launch import build_elastic, is_elastic
 from horoyolo.launch.hosts import parse_host_list
 
 ROOT = Path(__file__).parents[1]
@@ -289,18 +290,27 @@ def test_the_job_asks_for_as_many_workers_as_it_has() -> None:
     assert gpus == job["spec"]["slotsPerWorker"]
 
 
-def test_the_elastic_job_finds_hosts_with_slots_and_a_cooldown(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = pytest.importorskip("horovod.runner.launch")
+def test_the_elastic_job_asks_the_operator_for_its_pods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (job,), (static,) = documents("mpijob-elastic.yaml"), documents("mpijob.yaml")
-    words = launcher_words(job)
-    monkeypatch.setattr("sys.argv", words)
-    parsed = runner.parse_args()
-    workers = job["spec"]["mpiReplicaSpecs"]["Worker"]["replicas"] * job["spec"]["slotsPerWorker"]
-    assert (parsed.host_discovery_script, parsed.slots, parsed.max_num_proc) == ("/etc/mpi/discover_hosts.sh", job["spec"]["slotsPerWorker"], workers)
-    assert parsed.cooldown_range == [15, 300]
-    assert parsed.min_num_proc <= parsed.num_proc <= parsed.max_num_proc
-    assert parsed.command[0] == "horoyolo"
-    check_train(parsed.command[1:])
+    parsed = check_launch(launcher_words(job))
+    slots = job["spec"]["slotsPerWorker"]
+    assert is_elastic(parsed)
+    assert (parsed.kubernetes, parsed.slots_per_host, parsed.min_np) == (True, slots, 1)
+    assert parsed.max_np == job["spec"]["mpiReplicaSpecs"]["Worker"]["replicas"] * slots
+    # What the operator writes while two pods run; it knows no slots.
+    script = tmp_path / "discover_hosts.sh"
+    names = [f"horoyolo-elastic-worker-{number}.horoyolo-elastic-worker.default.svc" for number in range(2)]
+    script.write_text("#!/bin/sh\n" + "".join(f"echo {name}\n" for name in names))
+    script.chmod(0o555)
+    monkeypatch.setattr("horoyolo.elastic.launch.KUBERNETES", str(script))
+    hosts = build_elastic(parsed, {}).ask()
+    assert [(host.name, host.slots) for host in hosts] == [(name, slots) for name in names]
+    # It may begin before all are there, and a launcher that is evicted has time to save.
+    assert "launcherCreationPolicy" not in job["spec"]
+    launcher = job["spec"]["mpiReplicaSpecs"]["Launcher"]
+    assert launcher["restartPolicy"] == "OnFailure"
+    assert launcher["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
+    assert "--resume=auto" in launcher_words(job)
     # Pods and claims are those of the static job.
     assert worker_pod(job) == worker_pod(static)
 
