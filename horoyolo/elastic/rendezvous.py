@@ -25,11 +25,6 @@ class Rendezvous:
         self._thread.start()
 
     @property
-    def address(self) -> str:
-        """The address it listens at."""
-        return str(self._server.server_address[0])
-
-    @property
     def port(self) -> int:
         """The port it listens at."""
         return int(self._server.server_address[1])

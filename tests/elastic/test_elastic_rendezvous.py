@@ -16,7 +16,7 @@ def server():
 
 
 def ask(server: Rendezvous, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(server.address, server.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
     connection.request(method, path, body)
     answer = connection.getresponse()
     return answer.status, answer.read()
@@ -32,7 +32,7 @@ def test_a_value_is_there_once_it_was_put(server):
 
 
 def test_an_endless_value_is_refused(server):
-    connection = http.client.HTTPConnection(server.address, server.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
     connection.putrequest("PUT", "/global_gloo/0")
     connection.putheader("Content-Length", str(2**40))
     connection.endheaders()
