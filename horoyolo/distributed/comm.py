@@ -5,6 +5,7 @@ Rank and size are methods, not attributes: they change when the job is resized, 
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import pickle
 import socket
@@ -309,14 +310,28 @@ def import_horovod(size: int) -> Any:
 
 
 def check_own_name(env: Mapping[str, str]) -> None:
-    """Raises InputError when Gloo, which looks up this host's name, would crash because nobody knows it."""
-    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in env:
-        return
+    """Raises InputError when Gloo can't use what this host's name means on it, be it among workers of this host or of several."""
+    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in env:
+        size = env.get("HOROVOD_SIZE", "1")
+        look_up_own_name(several_hosts=int(size) > int(env.get("HOROVOD_LOCAL_SIZE", size)))
+
+
+def look_up_own_name(several_hosts: bool) -> None:
+    """Raises InputError when this host's name is unknown on it or, among ``several_hosts``, means itself alone.
+
+    Horovod 0.28.1 tells Gloo the interface for its own talk alone. For tensors Gloo looks up the host's name: it crashes where nobody knows that, and
+    gives the workers of other hosts the first address, which Debian has as 127.0.1.1.
+    """
+    name = socket.gethostname()
     try:
-        socket.getaddrinfo(socket.gethostname(), None)
+        address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
-        name = socket.gethostname()
         raise InputError(f"the name of this host, {name}, does not resolve on it: add `ADDRESS {name}` to its /etc/hosts") from None
+    if several_hosts and ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        raise InputError(
+            f"the name of this host, {name}, resolves to {address} on it, where no worker of another host reaches it: its /etc/hosts must have "
+            f"`ADDRESS {name}`, and {name} on no line of 127.0.0.1, 127.0.1.1 or ::1"
+        )
 
 
 def num_workers(env: Mapping[str, str]) -> int:

@@ -265,7 +265,7 @@ class Coordinator:
             case StartWorker():
                 interface = self._network([host.name for host in self.membership.hosts])[1]
                 env = {"HOROVOD_HOSTNAME": action.host, "HOROVOD_GLOO_IFACE": interface, SLOTS: str(action.slots)}
-                env[HANG_TIMEOUT] = str(self._elastic.hang_timeout_s)
+                env |= {HANG_TIMEOUT: str(self._elastic.hang_timeout_s), "HOROVOD_CROSS_SIZE": str(len(self.membership.hosts))}
                 self._host_of[action.worker] = action.host
                 self._watchdog.begin_worker(action.worker, now)
                 self._lines[action.host].tell({"do": "start", "worker": action.worker, "slot": action.slot, "env": env})

@@ -18,7 +18,7 @@ from horoyolo.data.cache import Beat, nothing
 from horoyolo.data.loader import ending
 from horoyolo.data.scan import Split, scan_split
 from horoyolo.data.spec import DataSpec, load_data_spec
-from horoyolo.distributed.comm import open_comm
+from horoyolo.distributed.comm import look_up_own_name, open_comm
 from horoyolo.elastic.member import Member, open_member
 from horoyolo.elastic.state import ElasticComm
 from horoyolo.engine.auto_batch import settle_batch
@@ -79,6 +79,8 @@ def start_member(config: Config, spec: DataSpec, model: YOLO, member: Member, on
     """As ``start_training``, among workers that come and go. All that takes long is done before the others are asked for a place."""
     if config.batch == AUTO_BATCH:
         raise InputError("--batch -1 in an elastic job: workers that come later would find another size; name one (bench step --img lists what fits)")
+    if int(os.environ.get("HOROVOD_CROSS_SIZE", "1")) > 1:
+        look_up_own_name(several_hosts=True)  # now: in a generation it would break the others' work
     start_logs(rank=None, size=2)
     numerics = numerics_for(pick_device(config.device, member.slot), config.precision)
     comm = ElasticComm(member, cycle_time_ms(config))

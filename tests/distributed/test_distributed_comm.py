@@ -38,6 +38,16 @@ def test_a_host_whose_own_name_is_unknown_is_told_before_gloo_crashes(monkeypatc
         check_own_name({"HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1"})
 
 
+def test_a_host_that_sends_others_to_themselves_is_told_before_they_wait_for_each_other(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "127.0.1.1")  # what Debian's /etc/hosts makes of a name
+    alone = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.0.0.1", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_SIZE": "4"}
+    check_own_name(alone)
+    with pytest.raises(InputError, match=r"resolves to 127\.0\.1\.1 .*/etc/hosts"):
+        check_own_name(alone | {"HOROVOD_LOCAL_SIZE": "2"})
+    monkeypatch.setattr("socket.gethostname", lambda: "10.0.0.1")
+    check_own_name(alone | {"HOROVOD_LOCAL_SIZE": "2"})
+
+
 def test_one_worker_needs_no_horovod(monkeypatch):
     for variable in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(variable, raising=False)

@@ -12,9 +12,10 @@ import time
 
 import pytest
 
-from horoyolo.config import InputError
+from horoyolo.config import Config, InputError
 from horoyolo.elastic.channel import FD, HANG_TIMEOUT, Lines, encode
 from horoyolo.elastic.member import Member, end_sockets, open_member, tcp_sockets
+from horoyolo.engine.start import start_member
 
 PLACE = {"rank": 1, "size": 2, "local_rank": 0, "local_size": 1, "cross_rank": 1, "cross_size": 2, "addr": "127.0.0.1", "port": 1, "stop": False}
 
@@ -190,6 +191,13 @@ def test_a_worker_ends_when_its_agent_is_gone_and_when_what_it_joins_is_broken(w
 def test_without_a_channel_it_says_how_to_start() -> None:
     with pytest.raises(InputError, match="horoyolo launch --min-np"):
         open_member({})
+
+
+def test_a_host_that_sends_others_to_themselves_is_told_before_it_asks_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_CROSS_SIZE", "2")
+    monkeypatch.setattr("socket.gethostname", lambda: "127.0.1.1")
+    with pytest.raises(InputError, match=r"127\.0\.1\.1"):
+        start_member(Config(), None, None, None, on_ready=None)  # type: ignore[arg-type]  # it looks at nothing else before
 
 
 def test_messages_of_several_threads_do_not_mix(ends: tuple[Member, Agent]) -> None:
