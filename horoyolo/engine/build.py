@@ -139,7 +139,7 @@ class Training:
 
         def write() -> None:
             if own is not None:
-                write_rank_state(folder, own, step, rank, size, keep)
+                write_rank_state(folder, own, step, rank, size, keep, notes)
             if whole is not None:
                 write_checkpoint(folder, whole, step, keep, notes)
 

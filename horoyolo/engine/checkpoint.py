@@ -3,6 +3,8 @@
 A checkpoint is a file of plain types and tensors in ``checkpoints/``, written beside its final name, read back and renamed. ``manifest.json`` holds
 its size and SHA-256, so that a file that was cut or changed later is found before it is used: torch itself loads tensors with flipped bits. It is
 free of the number of workers; beside it each worker writes what only it knows, which serves at the same number of workers alone.
+
+The newest is the one that was written last, not the one of the highest step: a run may go back, and what it wrote before then is of another course.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 20
 FILES = "step-" + "[0-9]" * 8 + ".pt"
 
-Manifest = dict[str, dict[str, Any]]  # by file name
+Manifest = dict[str, dict[str, Any]]  # by file name, in the order of writing; an empty entry: nothing is known of the file
 
 
 def serialised(state: dict[str, Any]) -> memoryview:
@@ -42,24 +44,13 @@ def serialised(state: dict[str, Any]) -> memoryview:
 def write_checkpoint(folder: Path, content: memoryview, step: int, keep: int, notes: dict[str, Any]) -> Path:
     """Writes ``content`` as ``folder/step-N.pt``, then its manifest entry with ``notes``, then deletes outdated checkpoints.
 
-    The ``keep`` newest stay, and the newest whose notes say ``best``. Raises OSError where the disk is full or gives back other bytes than it was
-    given; all that was there before is then still there.
+    The ``keep`` that were written last stay, and the last whose notes say ``best``. Raises OSError where the disk is full or gives back other bytes
+    than it was given; all that was there before is then still there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in (*folder.glob(f".{FILES}.*.tmp"), *folder.glob(f".{MANIFEST}.*.tmp")):  # by a writer that was killed
-        left_over.unlink(missing_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    sha256 = _write_checked(path, content)
-    manifest = {name: entry for name, entry in _read_manifest(folder).items() if (folder / name).exists()}
-    manifest[path.name] = {"sha256": sha256, "bytes": len(content), "step": step, **notes}
-    outdated = _outdated(manifest, keep)
-    for name in outdated:
-        del manifest[name]
-    outdated += [path.name for path in folder.glob(FILES) if path.name not in manifest]  # and those of writers that were killed
-    with atomic_file(folder / MANIFEST, "w") as stream:
-        json.dump(manifest, stream, indent=1)
-    for name in outdated:
-        (folder / name).unlink(missing_ok=True)
+    for outdated in _put(path, content, MANIFEST, FILES, keep, {"step": step, **notes}):
+        for own in folder.glob(f"{Path(outdated).stem}.rank-*.pt"):  # also of workers that are no more
+            own.unlink(missing_ok=True)
     return path
 
 
@@ -89,14 +80,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return newest
 
 
-def write_rank_state(folder: Path, content: memoryview, step: int, rank: int, size: int, keep: int) -> None:
-    """Writes what only worker ``rank`` of ``size`` knows beside the checkpoint of ``step``, on its own disk; deletes all but its ``keep`` newest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / _rank_file(step, rank, size)) as stream:
-        stream.write(hashlib.sha256(content).digest())
-        stream.write(content)
-    for outdated in sorted(folder.glob(f"step-*.rank-{rank}-of-*.pt"))[:-keep]:
-        outdated.unlink(missing_ok=True)
+def write_rank_state(folder: Path, content: memoryview, step: int, rank: int, size: int, keep: int, notes: dict[str, Any]) -> None:
+    """Writes what only worker ``rank`` of ``size`` knows beside the checkpoint of ``step``, on its own disk.
+
+    It stays as long as the checkpoint: the rule is that of ``write_checkpoint``, by a manifest of this rank's own.
+    """
+    path = folder / _rank_file(step, rank, size)
+    _put(path, b"".join((hashlib.sha256(content).digest(), content)), f"manifest.rank-{rank}.json", f"step-*.rank-{rank}-of-*.pt", keep, notes)
 
 
 def read_rank_state(folder: Path, step: int, rank: int, size: int) -> dict[str, Any] | None:
@@ -144,7 +134,8 @@ def find_checkpoint(target: Path) -> tuple[Path, Path]:
 def _good_checkpoints(folder: Path, bad: dict[Path, InputError]) -> Iterator[Path]:
     """Good checkpoints, newest first; those that were found to be bad on the way go to ``bad``, with what is wrong with them."""
     manifest = _read_manifest(folder)
-    for name in sorted(manifest.keys() | {path.name for path in folder.glob(FILES)}, reverse=True):
+    unknown = sorted({path.name for path in folder.glob(FILES)} - manifest.keys())  # written after the manifest was
+    for name in reversed([*manifest, *unknown]):
         try:
             _good_content(folder / name, manifest)
         except InputError as error:
@@ -159,7 +150,7 @@ def _good_content(path: Path, manifest: Manifest) -> bytes:
     except OSError as error:
         raise InputError(f"checkpoint {path}: {error.strerror}") from None
     known = manifest.get(path.name)
-    if known is None:
+    if not known:
         # Its writer was killed before the manifest, or that was spoilt: torch keeps checksums inside, a CRC-32 of each tensor.
         if not _is_sound(content):
             raise InputError(f"checkpoint {path}: torn or changed since it was written (checksums inside differ); take an earlier one")
@@ -169,7 +160,32 @@ def _good_content(path: Path, manifest: Manifest) -> bytes:
     return content
 
 
-def _write_checked(path: Path, content: memoryview) -> str:
+def _put(path: Path, content: bytes | memoryview, manifest_name: str, files: str, keep: int, notes: dict[str, Any]) -> list[str]:
+    """Writes one of the ``files`` (a pattern) that a manifest lists, then its entry, then deletes those that are outdated; gives their names."""
+    folder = path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in (*folder.glob(f".{files}.*.tmp"), *folder.glob(f".{manifest_name}.*.tmp")):  # by a writer that was killed
+        left_over.unlink(missing_ok=True)
+    there = {found.name for found in folder.glob(files)}
+    manifest = {name: entry for name, entry in _read_manifest(folder, manifest_name).items() if name in there}
+    if path.name in manifest:
+        # The run comes by this step again. Should it die in between, the file under this name, old or new, is judged by the checksums inside.
+        manifest[path.name] = {}
+        _write_manifest(folder / manifest_name, manifest)
+    sha256 = _write_checked(path, content)
+    manifest.pop(path.name, None)
+    manifest[path.name] = {"sha256": sha256, "bytes": len(content), **notes}
+    outdated = _outdated(manifest, keep)
+    for name in outdated:
+        del manifest[name]
+    outdated += sorted(there - manifest.keys() - set(outdated))  # and those of writers that were killed
+    _write_manifest(folder / manifest_name, manifest)
+    for name in outdated:
+        (folder / name).unlink(missing_ok=True)
+    return outdated
+
+
+def _write_checked(path: Path, content: bytes | memoryview) -> str:
     """Writes a file and reads it back before it takes its name; gives its SHA-256 (OSError: it differs)."""
     sha256 = hashlib.sha256(content).hexdigest()
     with atomic_file(path, "w+b") as stream:
@@ -191,18 +207,24 @@ def _digest_of(stream: IO[bytes]) -> str:
 
 
 def _outdated(manifest: Manifest, keep: int) -> list[str]:
-    best = [name for name in sorted(manifest) if manifest[name].get("best")][-1:]
-    return [name for name in sorted(manifest)[:-keep] if name not in best]
+    """All but the ``keep`` written last and the last that is known to be the best."""
+    best = [name for name in manifest if manifest[name].get("best")][-1:]
+    return [name for name in list(manifest)[:-keep] if name not in best]
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    with atomic_file(path, "w") as stream:
+        json.dump(manifest, stream, indent=1)
+
+
+def _read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """What is known of each checkpoint; where the manifest is spoilt, nothing."""
     try:
-        manifest = _parse_manifest((folder / MANIFEST).read_text())
+        manifest = _parse_manifest((folder / name).read_text())
     except FileNotFoundError:
         manifest = {}
     except (OSError, ValueError) as error:
-        log.error("%s is unreadable (%s): checkpoints are judged by the checksums inside them", folder / MANIFEST, error)
+        log.error("%s is unreadable (%s): checkpoints are judged by the checksums inside them", folder / name, error)
         manifest = {}
     return manifest
 
@@ -211,12 +233,11 @@ def _parse_manifest(text: str) -> Manifest:
     manifest = json.loads(text)
     if not isinstance(manifest, dict):
         raise ValueError("not a table of files")
-    known = {"sha256": str, "bytes": int}
-    return {
-        name: entry
-        for name, entry in manifest.items()
-        if isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in known.items())
-    }
+    return {name: entry if _is_entry(entry) else {} for name, entry in manifest.items()}
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("bytes"), int)
 
 
 def _is_sound(content: bytes) -> bool:

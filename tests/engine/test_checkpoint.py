@@ -64,13 +64,44 @@ def test_training_may_go_on_from_what_was_serialised(tmp_path: Path) -> None:
     assert read_checkpoint(write_checkpoint(tmp_path, content, 1, 1, {}))["value"].sum() == 0
 
 
-def test_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
+def test_the_last_written_are_kept_and_the_best(tmp_path: Path) -> None:
     for step, best in ((1, True), (2, True), (30, False), (4, False), (31, False)):
         save(tmp_path, step, best=best)
-    assert names(tmp_path) == ["manifest.json", "step-00000002.pt", "step-00000030.pt", "step-00000031.pt"]
-    assert newest_step(tmp_path) == 31
+        assert newest_step(tmp_path) == step
+    assert names(tmp_path) == ["manifest.json", "step-00000002.pt", "step-00000004.pt", "step-00000031.pt"]
     save(tmp_path, 32, best=True)
     assert names(tmp_path) == ["manifest.json", "step-00000031.pt", "step-00000032.pt"]
+
+
+def test_a_run_that_went_back_goes_on_from_what_it_wrote_since(tmp_path: Path) -> None:
+    for step in (70, 80):
+        save(tmp_path, step)
+    save(tmp_path, 60)
+    assert newest_step(tmp_path) == 60
+    assert find_checkpoint_step(tmp_path) == 60
+    assert save(tmp_path, 70).exists()  # the same step on another course
+    assert newest_step(tmp_path) == 70
+    assert names(tmp_path) == ["manifest.json", "step-00000060.pt", "step-00000070.pt"]
+
+
+def find_checkpoint_step(folder: Path) -> int:
+    checkpoints = folder.parent / "run" / "checkpoints"
+    shutil.copytree(folder, checkpoints)
+    return read_checkpoint(find_checkpoint(checkpoints.parent)[1])["step"]
+
+
+def test_a_writer_killed_as_it_wrote_the_same_step_again_leaves_a_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it dies before the new file has its name or after."""
+    for kill_at in ("_write_checked", "_outdated"):
+        save(tmp_path, 7, keep=1)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoint, kill_at, killed)
+            save(tmp_path, 7, keep=1, best=True)
+        assert newest_step(tmp_path) == 7
+
+
+def killed(*args: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "delete", "empty"])
@@ -192,14 +223,45 @@ def test_a_file_whose_writer_was_killed_before_the_manifest_counts(tmp_path: Pat
     assert not (tmp_path / "step-00000002.pt").exists()
 
 
-def test_what_is_a_worker_s_own_is_found_to_be_spoilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    content = serialised({"residual": torch.ones(100)})
+def save_own(folder: Path, step: int, size: int = 2, best: bool = False) -> None:
+    write_rank_state(folder, serialised({"residual": torch.full((100,), float(step))}), step, rank=1, size=size, keep=2, notes={"best": best})
+
+
+def own_steps(folder: Path, size: int = 2) -> list[int]:
+    return [step for step in range(100) if read_rank_state(folder, step, rank=1, size=size) is not None]
+
+
+def test_what_is_a_worker_s_own_stays_as_long_as_its_checkpoint(tmp_path: Path) -> None:
+    """By the same rule on a disk of its own; it goes with the checkpoint on a disk that all share, also what is of fewer or more workers."""
+    alone, all_share = tmp_path / "alone", tmp_path / "shared"
+    for step, best in ((1, True), (2, False), (70, False), (80, False), (60, False)):
+        for folder in (alone, all_share):
+            save_own(folder, step, best=best)
+        save(all_share, step, best=best)
+    assert own_steps(alone) == own_steps(all_share) == [1, 60, 80]
+    save_own(all_share, 3, size=3)
+    for step in (61, 62):
+        save(all_share, step, best=True)
+    assert own_steps(all_share) == []
+    assert own_steps(all_share, size=3) == [3]  # its checkpoint was never there
+
+
+def test_what_is_a_worker_s_own_in_a_folder_of_an_earlier_version(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        write_rank_state(tmp_path, content, step, rank=1, size=2, keep=2)
-    assert names(tmp_path) == ["step-00000002.rank-1-of-2.pt", "step-00000003.rank-1-of-2.pt"]
+        save_own(tmp_path, step)
+    (tmp_path / "manifest.rank-1.json").unlink()
+    assert own_steps(tmp_path) == [2, 3]
+    save_own(tmp_path, 4)
+    assert 4 in own_steps(tmp_path)
+
+
+def test_what_is_a_worker_s_own_is_found_to_be_spoilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2, 3):
+        save_own(tmp_path, step)
+    assert own_steps(tmp_path) == [2, 3]
     found = read_rank_state(tmp_path, 3, rank=1, size=2)
     assert found is not None
-    assert torch.equal(found["residual"], torch.ones(100))
+    assert torch.equal(found["residual"], torch.full((100,), 3.0))
     assert read_rank_state(tmp_path, 3, rank=1, size=3) is None
     path = tmp_path / "step-00000003.rank-1-of-2.pt"
     flip(path, 4 * path.stat().st_size)
