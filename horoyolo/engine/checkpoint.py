@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 
 from horoyolo.config import InputError
@@ -30,6 +31,10 @@ CHUNK_BYTES = 1 << 20
 FILES = "step-" + "[0-9]" * 8 + ".pt"
 
 Manifest = dict[str, dict[str, Any]]  # by file name, in the order of writing; an empty entry: nothing is known of the file
+
+
+class Unread(InputError):
+    """A checkpoint that can't be read now; whether it is good nobody knows."""
 
 
 def serialised(state: dict[str, Any]) -> memoryview:
@@ -55,26 +60,36 @@ def write_checkpoint(folder: Path, content: memoryview, step: int, keep: int, no
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state saved at ``path`` (InputError: not there, torn, changed since it was written)."""
+    """The state saved at ``path`` (InputError: can't be read, torn, changed since it was written)."""
     import torch
 
-    return torch.load(io.BytesIO(_good_content(path, _read_manifest(path.parent))), map_location="cpu", weights_only=True)
+    content = _good_content(path, _read_manifest(path.parent) or {})
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        raise InputError(f"checkpoint {path}: does not load ({str(error).splitlines()[0]}); take an earlier one") from None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest good checkpoint in ``folder``; bad ones that are newer are set aside, under a name with ``.bad``, with a line in the log.
 
-    None for a folder without any. Raises InputError where there are checkpoints and none is good.
+    One that the disk does not give is left where it is. None for a folder without any. Raises InputError where there are some and none is good.
     """
     bad: dict[Path, InputError] = {}
     newest = next(_good_checkpoints(folder, bad), None)
     for path, error in bad.items():
         log.error("%s", error)
+        where = f"going on from {newest.name}" if newest else "there is no other"
+        if isinstance(error, Unread):
+            log.error("CHECKPOINT %s CAN'T BE READ and is left alone; %s", path.name, where)
+            continue
         if path.exists():
             path.replace(path.with_name(f"{path.name}.bad"))
             sync_folder(folder)
-        where = f"going on from {newest.name}" if newest else "there is no other"
         log.error("CHECKPOINT %s IS BAD or gone, and is set aside as %s.bad; %s", path.name, path.name, where)
+    unread = next((error for error in bad.values() if isinstance(error, Unread)), None)
+    if newest is None and unread is not None:
+        raise unread
     if newest is None and any(folder.glob(f"{FILES}.bad")):
         raise InputError(f"{folder}: no checkpoint in it is good; to start anew, delete what ends in .bad or choose another --name")
     return newest
@@ -96,7 +111,10 @@ def read_rank_state(folder: Path, step: int, rank: int, size: int) -> dict[str, 
     path = folder / _rank_file(step, rank, size)
     try:
         content = path.read_bytes()
-    except OSError:
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.error("%s: can't be read (%s); this worker goes on without it", path, error.strerror)
         return None
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         log.error("%s: torn or changed since it was written (SHA-256 differs); this worker goes on without it", path)
@@ -133,7 +151,7 @@ def find_checkpoint(target: Path) -> tuple[Path, Path]:
 
 def _good_checkpoints(folder: Path, bad: dict[Path, InputError]) -> Iterator[Path]:
     """Good checkpoints, newest first; those that were found to be bad on the way go to ``bad``, with what is wrong with them."""
-    manifest = _read_manifest(folder)
+    manifest = _read_manifest(folder) or {}
     unknown = sorted({path.name for path in folder.glob(FILES)} - manifest.keys())  # written after the manifest was
     for name in reversed([*manifest, *unknown]):
         try:
@@ -147,8 +165,10 @@ def _good_checkpoints(folder: Path, bad: dict[Path, InputError]) -> Iterator[Pat
 def _good_content(path: Path, manifest: Manifest) -> bytes:
     try:
         content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"checkpoint {path}: there is no such file") from None
     except OSError as error:
-        raise InputError(f"checkpoint {path}: {error.strerror}") from None
+        raise Unread(f"checkpoint {path}: can't be read ({error.strerror}); try again, or take an earlier one") from None
     known = manifest.get(path.name)
     if not known:
         # Its writer was killed before the manifest, or that was spoilt: torch keeps checksums inside, a CRC-32 of each tensor.
@@ -166,8 +186,9 @@ def _put(path: Path, content: bytes | memoryview, manifest_name: str, files: str
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in (*folder.glob(f".{files}.*.tmp"), *folder.glob(f".{manifest_name}.*.tmp")):  # by a writer that was killed
         left_over.unlink(missing_ok=True)
-    there = {found.name for found in folder.glob(files)}
-    manifest = {name: entry for name, entry in _read_manifest(folder, manifest_name).items() if name in there}
+    there = sorted(found.name for found in folder.glob(files))
+    known = _read_manifest(folder, manifest_name)
+    manifest: Manifest = {name: entry for name, entry in known.items() if name in there} if known is not None else {name: {} for name in there}
     if path.name in manifest:
         # The run comes by this step again. Should it die in between, the file under this name, old or new, is judged by the checksums inside.
         manifest[path.name] = {}
@@ -178,7 +199,7 @@ def _put(path: Path, content: bytes | memoryview, manifest_name: str, files: str
     outdated = _outdated(manifest, keep)
     for name in outdated:
         del manifest[name]
-    outdated += sorted(there - manifest.keys() - set(outdated))  # and those of writers that were killed
+    outdated += [name for name in there if name not in manifest and name not in outdated]  # and those of writers that were killed
     _write_manifest(folder / manifest_name, manifest)
     for name in outdated:
         (folder / name).unlink(missing_ok=True)
@@ -207,9 +228,10 @@ def _digest_of(stream: IO[bytes]) -> str:
 
 
 def _outdated(manifest: Manifest, keep: int) -> list[str]:
-    """All but the ``keep`` written last and the last that is known to be the best."""
-    best = [name for name in manifest if manifest[name].get("best")][-1:]
-    return [name for name in list(manifest)[:-keep] if name not in best]
+    """All but the ``keep`` written last, the last that is known to be the best, and those after it of which nothing is known: it may be one."""
+    names = list(manifest)
+    best = max((index for index, name in enumerate(names) if manifest[name].get("best")), default=-1)
+    return [name for index, name in enumerate(names[:-keep]) if index < best or (index > best and manifest[name])]
 
 
 def _write_manifest(path: Path, manifest: Manifest) -> None:
@@ -217,16 +239,15 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
         json.dump(manifest, stream, indent=1)
 
 
-def _read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
-    """What is known of each checkpoint; where the manifest is spoilt, nothing."""
+def _read_manifest(folder: Path, name: str = MANIFEST) -> Manifest | None:
+    """What is known of each file; None where there is no manifest or it can't be read."""
     try:
-        manifest = _parse_manifest((folder / name).read_text())
+        return _parse_manifest((folder / name).read_text())
     except FileNotFoundError:
-        manifest = {}
+        return None
     except (OSError, ValueError) as error:
         log.error("%s is unreadable (%s): checkpoints are judged by the checksums inside them", folder / name, error)
-        manifest = {}
-    return manifest
+        return None
 
 
 def _parse_manifest(text: str) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -162,6 +163,53 @@ def test_checksums_inside_find_a_flipped_bit_where_the_manifest_is_gone(tmp_path
     assert newest_step(tmp_path) == 2
     flip(path, 4 * path.stat().st_size)  # of a tensor: the file is mostly one
     assert newest_step(tmp_path) == 1
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "[]", '{"step-00000001.pt": 3, "step-00000004.pt": {"sha256": 1}}'])
+def test_where_the_manifest_is_spoilt_nothing_is_deleted_that_may_be_the_best(tmp_path: Path, manifest: str | None) -> None:
+    for step in range(1, 5):
+        save(tmp_path, step, best=step == 1)
+    if manifest is None:
+        (tmp_path / "manifest.json").unlink()
+    else:
+        (tmp_path / "manifest.json").write_text(manifest)
+    before = {path.name for path in tmp_path.glob("*.pt")}
+    if manifest and "step-00000001" in manifest:
+        before.remove("step-00000003.pt")  # not in it: as of a killed writer
+    for step in (5, 6, 7):
+        save(tmp_path, step, best=False)
+        assert newest_step(tmp_path) == step
+    assert {path.name for path in tmp_path.glob("*.pt")} == before - {"step-00000005.pt"} | {"step-00000006.pt", "step-00000007.pt"}
+    save(tmp_path, 8, best=True)
+    assert names(tmp_path) == ["manifest.json", "step-00000007.pt", "step-00000008.pt"]
+
+
+def test_a_file_that_the_disk_does_not_give_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    read = Path.read_bytes
+    lost: list[Path] = []
+
+    def failing(path: Path) -> bytes:
+        if path in lost:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    lost.append(newer)
+    assert newest_step(tmp_path) == 1
+    assert "CHECKPOINT step-00000002.pt CAN'T BE READ and is left alone; going on from step-00000001.pt" in caplog.text
+    lost.append(older)
+    for look in (lambda: newest_checkpoint(tmp_path), lambda: read_checkpoint(older)):
+        with pytest.raises(InputError, match=r"can't be read \(Input/output error\); try again"):
+            look()
+    lost.clear()
+    assert newest_step(tmp_path) == 2
+
+
+def test_what_does_not_load_says_so(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, memoryview(b"not of torch"), 1, 1, {})
+    with pytest.raises(InputError, match=r"step-00000001\.pt: does not load"):
+        read_checkpoint(path)
 
 
 def test_where_none_is_good_nothing_starts_anew_by_itself(tmp_path: Path) -> None:
