@@ -63,10 +63,10 @@ def note_run(job: Training, member: Member) -> None:
         log.warning("%s: %s; a worker that takes this one's place will have no copy of its state", memory, error.strerror)
 
 
-def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRequest, open_run: Callable[[], None]) -> Outcome:
+def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRequest, open_run: Callable[[bool], None]) -> Outcome:
     """Trains through all changes of workers. CHANGE: this worker has left for good, the others go on.
 
-    ``open_run`` is called when this worker knows its rank and the run's folder, in each generation.
+    ``open_run`` is called when this worker knows its rank and the run's folder, in each generation, and told whether the run begins with it.
     """
     recall(job, member.memory)
     hooks: list[Hook] = []
@@ -104,15 +104,15 @@ def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRe
 
 
 def train_generation(
-    job: Training, member: Member, place: Place, hooks: list[Hook], stop: StopRequest, open_run: Callable[[], None]
+    job: Training, member: Member, place: Place, hooks: list[Hook], stop: StopRequest, open_run: Callable[[bool], None]
 ) -> Outcome:
     """Brings this generation's workers together, and trains until it ends."""
     last_step = job.recent[-1].step if job.recent else None
     start_logs(job.comm.rank(), job.comm.size())
     with member.phase("start"):
-        synchronise(job, place.run)
+        begins = synchronise(job, place.run)
         note_run(job, member)
-        open_run()
+        open_run(begins)
         watch(job, hooks, last_step)
     if place.stop:
         job.save_checkpoint(whole_state(job))

@@ -22,27 +22,40 @@ class Run:
 
     @property
     def weights(self) -> Path:
+        """The folder of last.pt and best.pt."""
         return self.folder / "weights"
 
     @property
     def checkpoints(self) -> Path:
+        """The folder that ``checkpoint.py`` writes in."""
         return self.folder / "checkpoints"
 
     @property
     def plots(self) -> Path:
+        """The folder of pictures."""
         return self.folder / "plots"
 
     @property
     def logs(self) -> Path:
+        """The folder of a log for each rank."""
         return self.folder / "logs"
 
     def create(self, config: Config) -> None:
-        """Makes the folders and saves the resolved configuration. A request to stop from before does not count."""
+        """Makes the folders and saves the resolved configuration, whose time says when; what is there already takes no space (OSError)."""
         for folder in (self.weights, self.checkpoints, self.plots, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
+        path, text = self.folder / "config.yaml", configuration.dump(config)
+        if not path.is_file() or path.read_text() != text:
+            with atomic_file(path, "w") as stream:
+                stream.write(text)
+        path.touch()
+
+    def clear(self) -> None:
+        """Removes what the run left when it last ended: a request to stop, and files half written. Only for whoever begins it: nobody else writes."""
         (self.folder / STOP).unlink(missing_ok=True)
-        with atomic_file(self.folder / "config.yaml", "w") as stream:
-            stream.write(configuration.dump(config))
+        for left_over in self.folder.rglob(".*.tmp"):
+            if left_over.is_file():
+                left_over.unlink(missing_ok=True)
 
 
 def resumed_folder(config: Config) -> Path | None:

@@ -59,11 +59,11 @@ def start_training(config: Config, on_ready: Callable[[], None], elastic: bool =
         config = dataclasses.replace(config, batch=settle_batch(config, comm, numerics, model, len(splits[0])))
     job = build_training(config, comm, numerics, model, *splits, num_local=comm.local_size())
     with ending(job.loader, job.val_loader):
-        synchronise(job)
+        begins = synchronise(job)
         if is_finished(job):
             log.info("%s: finished already, after %d epochs", job.run.folder, job.sampler.epoch)
             return True
-        open_folder(job)
+        open_folder(job, begins)
         hooks = build_hooks(job)
         with stop_on_signals() as stop, watched(job, hooks):
             on_ready()
@@ -101,11 +101,29 @@ def scan(spec: DataSpec, config: Config, beat: Beat = nothing) -> tuple[Split, S
     return splits
 
 
-def open_folder(job: Training) -> None:
-    """The run's folder, made by rank 0, with a log of every worker."""
-    comm = job.comm
+def open_folder(job: Training, begins: bool) -> None:
+    """The run's folder, made by rank 0, with a log of every worker; every worker calls it.
+
+    Where the run ``begins`` and there can be no folder, all raise InputError; later a disk that is full stops nobody.
+    """
+    comm, run = job.comm, job.run
+    failed = ""
     if comm.rank() == 0:
-        job.run.create(job.config)
-    log_to_file(job.run.logs, comm.rank())
+        try:
+            run.create(job.config)
+            if begins:
+                run.clear()
+        except OSError as error:
+            failed = f"run folder {run.folder}: {error.strerror} ({error.filename}); a disk with room, and the right to write there, are wanted"
+    if begins:
+        failed = comm.broadcast_object(failed)
+        if failed:
+            raise InputError(failed)
+    try:
+        log_to_file(run.logs, comm.rank())
+    except OSError as error:
+        failed = f"no log of this worker: {error}"
+    if failed:
+        log.error("%s; training goes on", failed)
     log.info("horoyolo %s, torch %s, %s on %s", __version__, torch.__version__, job.numerics.describe(), platform.node())
     log.info("%d workers, %d images in a global batch, run folder %s", comm.size(), job.config.batch, job.run.folder)

@@ -47,8 +47,8 @@ class Claim:
     survived: bool  # it was there when the last generation trained; others are new, or have a copy that may be old
 
 
-def synchronise(job: Training, known: KnownRun | None = None) -> None:
-    """Brings all workers to the state of the one that is furthest; the first time to that of rank 0, which opens the run.
+def synchronise(job: Training, known: KnownRun | None = None) -> bool:
+    """Brings all workers to the state of the one that is furthest; the first time to that of rank 0, which opens the run. Whether it begins now.
 
     ``known``: the run that workers before these had opened, the same for all. Where none of those is left, it goes on from its newest checkpoint,
     or from a worker's copy that is newer.
@@ -59,6 +59,7 @@ def synchronise(job: Training, known: KnownRun | None = None) -> None:
     claims = job.comm.allgather_object(claim_of(job))
     root = max(range(len(claims)), key=lambda other: (claims[other].position, -other))
     check_agreement(claims, rank, root)
+    begins = known is None and claims[root].position == NOWHERE
     if known is not None and not any(claim.survived for claim in claims):
         go_on(job, claims, root, known)
     elif claims[root].position == NOWHERE:
@@ -70,6 +71,7 @@ def synchronise(job: Training, known: KnownRun | None = None) -> None:
     job.standing.mark()
     while job.recent and job.recent[-1].step > job.progress.step:
         job.recent.pop()  # after the last update: it will be taken again
+    return begins
 
 
 def claim_of(job: Training) -> Claim:

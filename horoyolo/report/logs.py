@@ -6,7 +6,29 @@ import logging
 import os
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+
+class RunLog(logging.FileHandler):
+    """A log in a file. A disk that is full costs lines of it; that is said once, on standard error."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called where a line could not be written."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            with suppress(OSError):  # which may be a file on the same disk
+                print(f"horoyolo: {self.baseFilename}: {error.strerror}; lines are missing there", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Also what waited for the disk is lost then."""
+        with suppress(OSError):
+            super().close()
 
 
 def start_logs(rank: int | None, size: int) -> None:
@@ -24,8 +46,8 @@ def start_logs(rank: int | None, size: int) -> None:
 
 
 def log_to_file(folder: Path, rank: int) -> None:
-    """Sends everything to ``folder/rank-N.log`` too, appended: a resumed run goes on in the same file."""
+    """Sends everything to ``folder/rank-N.log`` too, appended: a resumed run goes on in the same file. Raises OSError where there can be none."""
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank-{rank}.log")
+    handler = RunLog(folder / f"rank-{rank}.log")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s rank {rank} {socket.gethostname()} pid {os.getpid()}: %(message)s"))
     logging.getLogger("horoyolo").addHandler(handler)

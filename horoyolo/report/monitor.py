@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import errno
 import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
-
-from horoyolo.files import atomic_file
 
 log = logging.getLogger("horoyolo")
 
@@ -34,40 +32,58 @@ class CsvWriter:
     """A CSV file with fixed columns, a row a call. A row is written at once and whole, so that a crash leaves no half of one.
 
     An existing file is gone on with, without the rows whose ``step`` is beyond ``after_step``: a resumed run writes these again. What a full disk
-    does not take waits until it does.
+    does not take waits until it does; to go on with a file takes no space.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], after_step: int = 0) -> None:
-        self._columns = list(columns)
-        kept = [row for row in _rows_of(path, self._columns) if int(row["step"]) <= after_step]
-        with atomic_file(path, "w") as stream:
-            stream.write(self._lines([dict(zip(self._columns, self._columns, strict=True)), *kept]))
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-        self._name = path.name
+        self._path, self._columns, self._after_step = path, list(columns), after_step
+        self._descriptor: int | None = None
         self._waiting = b""
         self._told = False
-        self.last_step = int(kept[-1]["step"]) if kept else 0  # of the newest row
+        self.last_step = after_step  # of the newest row; where the file can't be opened, what should be in it
+        self._flush()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends a row; ``metrics`` holds every column, None for a figure that there is none of."""
         self.last_step = step
-        self._waiting += self._lines([metrics]).encode()
+        self._waiting += _line([_short(metrics[column]) for column in self._columns])
+        self._flush()
+
+    def close(self) -> None:
+        """No row may follow."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def _flush(self) -> None:
         try:
-            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+            if self._descriptor is None:
+                self._open()
+            assert self._descriptor is not None
+            written = os.write(self._descriptor, self._waiting)
+            whole = self._waiting.rfind(b"\n", 0, written) + 1
+            self._waiting = self._waiting[whole:]
+            if whole < written:
+                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - (written - whole))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._told = False
         except OSError as error:
             if not self._told:
-                log.error("%s: %s; its rows wait, training goes on", self._name, error.strerror)
+                log.error("%s: %s; its rows wait, training goes on", self._path.name, error.strerror)
             self._told = True
 
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def _lines(self, rows: Sequence[Mapping[str, Any]]) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([_short(row[column]) for column in self._columns] for row in rows)
-        return text.getvalue()
+    def _open(self) -> None:
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            kept = _kept(self._path.read_bytes(), self._columns, self._after_step)
+            os.ftruncate(descriptor, sum(map(len, kept)))
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        if not self._waiting:
+            self.last_step = int(kept[-1].split(b",")[self._columns.index("step")]) if len(kept) > 1 else 0
+        if not kept:
+            self._waiting = _line(self._columns) + self._waiting
 
 
 class TensorBoardWriter:
@@ -76,22 +92,31 @@ class TensorBoardWriter:
     def __init__(self, folder: Path, after_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second: only where it is used
 
-        self._writer = SummaryWriter(str(folder), purge_step=after_step + 1 if after_step else None)
-        self._failed = False
+        self._writer: SummaryWriter | None = None
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=after_step + 1 if after_step else None)
+        except OSError as error:
+            self._end(error)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds every number; what is not a number is left out. After a full disk nothing more is added."""
         try:
             for name, value in metrics.items():
-                if isinstance(value, (int, float)) and not self._failed:
+                if isinstance(value, (int, float)) and self._writer is not None:
                     self._writer.add_scalar(name, value, step)
         except OSError as error:
-            self._failed = True
-            log.error("TensorBoard events: %s; they end here, training goes on", error.strerror)
+            self._end(error)
 
     def close(self) -> None:
-        with suppress(OSError):  # told before
-            self._writer.close()
+        """Nothing may follow."""
+        if self._writer is not None:
+            with suppress(OSError):  # what was written stays
+                self._writer.close()
+
+    def _end(self, error: OSError) -> None:
+        self.close()
+        self._writer = None
+        log.error("TensorBoard events: %s; they end here, training goes on", error.strerror)
 
 
 def import_writers() -> None:
@@ -135,13 +160,22 @@ class Progress:
             self._bar = None
 
 
-def _rows_of(path: Path, columns: list[str]) -> list[dict[str, str]]:
-    """The whole rows of an earlier file with the same columns; nothing where there is none."""
-    if not path.exists():
+def _kept(content: bytes, columns: list[str], after_step: int) -> list[bytes]:
+    """The lines of an earlier file to go on with, header included: up to ``after_step`` or a torn one; nothing where the columns are others."""
+    first, *rows = content.splitlines(keepends=True) or [b""]
+    if first != _line(columns):
         return []
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    return [row for row in rows if list(row) == columns and None not in row.values()]
+
+    def stays(row: bytes) -> bool:
+        cells = row.split(b",")
+        step = cells[columns.index("step")] if len(cells) == len(columns) and row.endswith(b"\n") else b""
+        return step.isdigit() and int(step) <= after_step
+
+    return [first, *takewhile(stays, rows)]
+
+
+def _line(values: Iterable[Any]) -> bytes:
+    return ",".join(map(str, values)).encode() + b"\n"
 
 
 def _short(value: Any) -> Any:

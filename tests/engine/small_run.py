@@ -23,6 +23,5 @@ def build_job(data: Path, project: Path, comm: Comm, **values: object) -> Traini
     model = build_model_for(config, spec.num_classes, spec.names)
     numerics = numerics_for(pick_device("cpu", 0), config.precision)
     job = build_training(config, comm, numerics, model, *splits, num_local=1)
-    synchronise(job)
-    open_folder(job)
+    open_folder(job, begins=synchronise(job))
     return job

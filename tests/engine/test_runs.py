@@ -43,6 +43,15 @@ def test_a_run_saves_its_configuration(tmp_path: Path) -> None:
     assert load(folder / "config.yaml") == config_in(tmp_path, name="a", batch=8)
 
 
+def test_a_configuration_that_is_saved_already_is_left_as_it_is(tmp_path: Path) -> None:
+    path = saved_run(tmp_path, "a") / "config.yaml"
+    inode = path.stat().st_ino
+    os.utime(path, (1, 1))
+    saved_run(tmp_path, "a")
+    assert path.stat().st_ino == inode
+    assert path.stat().st_mtime > 1  # the run that began last, for a bare --resume
+
+
 @pytest.mark.parametrize("resume", ["auto", "newest", "folder", "checkpoint"])
 def test_every_way_to_resume_finds_the_state(tmp_path: Path, resume: str) -> None:
     folder = saved_run(tmp_path, "a")
