@@ -24,7 +24,7 @@ class Background:
         """Begins ``task``, which writes ``what``, when the one before it is done. The task must not touch what training changes."""
         self.wait()
         # Not a daemon: who leaves early still finishes the file.
-        self._thread = Thread(target=self._run, args=(what, task), name=f"write {what}")
+        self._thread = Thread(target=attempt, args=(what, task), name=f"write {what}")
         self._thread.start()
 
     def wait(self) -> None:
@@ -33,8 +33,10 @@ class Background:
             self._thread.join()
             self._thread = None
 
-    def _run(self, what: str, task: Callable[[], object]) -> None:
-        try:
-            task()
-        except OSError as error:
-            log.error("%s NOT WRITTEN: %s; training goes on", what, error)
+
+def attempt(what: str, task: Callable[[], object]) -> None:
+    """Does ``task``, which writes ``what``. What a disk refuses is told in the log."""
+    try:
+        task()
+    except OSError as error:
+        log.error("%s NOT WRITTEN: %s; training goes on", what, error)

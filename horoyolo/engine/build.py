@@ -30,7 +30,7 @@ from horoyolo.distributed.exact import convert_exact
 from horoyolo.distributed.exchange import Exchange
 from horoyolo.distributed.syncbn import convert_sync_bn
 from horoyolo.elastic.member import Fixed, Member
-from horoyolo.engine.background import Background
+from horoyolo.engine.background import Background, attempt
 from horoyolo.engine.checkpoint import serialised, write_checkpoint, write_rank_state
 from horoyolo.engine.commit import Commits
 from horoyolo.engine.device import Numerics
@@ -87,6 +87,7 @@ class Training:
     saved_s: float = field(default_factory=time.monotonic)  # when the newest checkpoint was begun, or the run
     first_bad: str = ""  # the tensor that made this worker's newest update be left out
     recent: deque[StepRecord] = field(default_factory=partial(deque, maxlen=REMEMBERED))  # the last steps
+    unwritten: dict[str, str] = field(default_factory=dict)  # what rank 0 began to write and has not, or could not: weights, checkpoint
     begun: bool = False  # whether workers have met: before, the state is that of a newcomer
     recalled: bool = False  # since workers met this process was replaced: the state is a copy, which may be old
     run: Run = field(init=False)  # known once workers have met
@@ -119,6 +120,7 @@ class Training:
             return
         notes = {"epoch": epoch, "img": self.config.img, "metrics": metrics or {}}
         names = ["last", "best"] if is_best else ["last"]
+        self.unwritten["weights"] = f"weights of epoch {epoch + 1}"
         try:
             for name in names:
                 save_weights(self.run.weights / f"{name}.pt", model, notes)
@@ -127,8 +129,10 @@ class Training:
                 known = json.loads(path.read_text()) if path.exists() else {}
                 with atomic_file(path, "w") as stream:
                     json.dump(known | dict.fromkeys(names, metrics) | imbalance_notes(self.config, self.loss, self.model.names), stream, indent=1)
-        except OSError as error:
-            log.error("weights of epoch %d NOT WRITTEN: %s; training goes on", epoch, error)
+        except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+            log.error("weights of epoch %d NOT WRITTEN: %s; training goes on", epoch + 1, str(error).splitlines()[0])
+        else:
+            del self.unwritten["weights"]
 
     def save_checkpoint(self, state: dict[str, Any], is_best: bool = False) -> None:
         """Begins to write a checkpoint on rank 0, and on every worker what only it knows; ``background`` ends it while training goes on."""
@@ -138,10 +142,12 @@ class Training:
         whole = serialised(state) if rank == 0 else None
 
         def write() -> None:
-            if own is not None:
-                write_rank_state(folder, own, step, rank, size, keep, notes)
+            if own is not None:  # a run can be resumed without it
+                attempt(f"this worker's own state of step {step}", lambda: write_rank_state(folder, own, step, rank, size, keep, notes))
             if whole is not None:
+                self.unwritten["checkpoint"] = f"checkpoint of step {step}"
                 write_checkpoint(folder, whole, step, keep, notes)
+                del self.unwritten["checkpoint"]
 
         self.background.start(f"checkpoint of step {step}", write)
         self.saved_s = time.monotonic()

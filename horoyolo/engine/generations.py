@@ -14,9 +14,10 @@ from horoyolo.engine.build import Training
 from horoyolo.engine.commit import Commits, local_state, restore
 from horoyolo.engine.hooks import Hook
 from horoyolo.engine.runs import Run
+from horoyolo.engine.state import TrainingError
 from horoyolo.engine.stop import StopRequest
 from horoyolo.engine.synchronise import synchronise
-from horoyolo.engine.train import Outcome, is_finished, train, watched, whole_state
+from horoyolo.engine.train import Outcome, is_finished, train, watched, what_is_lost, whole_state
 from horoyolo.engine.watch import RecordFigures, build_hooks, build_recording_hooks
 from horoyolo.report.logs import start_logs
 
@@ -67,6 +68,7 @@ def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRe
     """Trains through all changes of workers. CHANGE: this worker has left for good, the others go on.
 
     ``open_run`` is called when this worker knows its rank and the run's folder, in each generation, and told whether the run begins with it.
+    Raises TrainingError on all workers where what the run ended with could not be written.
     """
     recall(job, member.memory)
     hooks: list[Hook] = []
@@ -90,10 +92,13 @@ def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRe
                 else:
                     with watched(job, hooks):
                         pass
+                    lost = what_is_lost(job, outcome)
                     comm.barrier()  # nobody leaves while rank 0 still writes
                     comm.leave()
-                    if outcome is Outcome.DONE:
-                        member.say("done")
+                    if lost or outcome is Outcome.DONE:
+                        member.say("done")  # nobody is to try again
+                    if lost:
+                        raise TrainingError(lost)
                     return outcome
             except CommBroken as error:
                 log.warning("generation %d broke after step %d: %s", place.generation, job.progress.step, str(error).splitlines()[0])

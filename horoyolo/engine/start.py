@@ -25,9 +25,10 @@ from horoyolo.engine.auto_batch import settle_batch
 from horoyolo.engine.build import Training, build_model_for, build_training
 from horoyolo.engine.device import cycle_time_ms, numerics_for, pick_device
 from horoyolo.engine.generations import train_elastic
+from horoyolo.engine.state import TrainingError
 from horoyolo.engine.stop import stop_on_signals
 from horoyolo.engine.synchronise import synchronise
-from horoyolo.engine.train import Outcome, is_finished, train, watched
+from horoyolo.engine.train import Outcome, is_finished, train, watched, what_is_lost
 from horoyolo.engine.unreadable import check_share
 from horoyolo.engine.watch import build_hooks
 from horoyolo.model.yolo import YOLO
@@ -41,7 +42,8 @@ def start_training(config: Config, on_ready: Callable[[], None], elastic: bool =
     """Trains as ``config`` says. True: done; False: stopped on request, to be resumed.
 
     ``on_ready`` is called when signals are understood as requests to stop. ``elastic``: as one worker of an elastic job, started by its agent.
-    Raises InputError for what the user should mend, before anything is written.
+    Raises InputError for what the user should mend, before anything is written; TrainingError where training can't go on, or what it ended with
+    could not be written.
     """
     member = open_member(os.environ) if elastic else None
     spec = load_data_spec(config.data)
@@ -70,8 +72,11 @@ def start_training(config: Config, on_ready: Callable[[], None], elastic: bool =
             for hook in hooks:
                 hook.before_train()
             outcome = train(job, hooks, stop)
+    lost = what_is_lost(job, outcome)
     comm.barrier()  # nobody leaves while rank 0 still writes: a launcher takes the first exit for the end
     comm.close()
+    if lost:
+        raise TrainingError(lost)
     return outcome is Outcome.DONE
 
 

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from horoyolo.config import InputError
 from horoyolo.distributed.syncbn import average_bn_buffers
 from horoyolo.engine.build import Training
+from horoyolo.engine.checkpoint import find_checkpoint
 from horoyolo.engine.hooks import EpochRecord, Hook, StepRecord
 from horoyolo.engine.ledger import note_update
 from horoyolo.engine.nonfinite import MOST_SKIPPED, go_back, leave_out, lowered
@@ -78,7 +80,7 @@ def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> Outcome:
                 raise TrainingError(f"{len(job.unreadable.files)} images can't be read any more, of {len(job.train_split)}: see max_bad_share")
             if asked.stop:
                 stop.heeded()
-                log.info("stopped on request after step %d; --resume goes on from there", job.progress.step)
+                log.info("stopped on request after step %d", job.progress.step)
                 return Outcome.STOPPED
             if asked.change:
                 return Outcome.CHANGE
@@ -111,6 +113,23 @@ def watched(job: Training, hooks: list[Hook]) -> Iterator[None]:
             hook.after_train()
         hooks.clear()
         job.background.wait()
+
+
+def what_is_lost(job: Training, outcome: Outcome) -> str:
+    """What a run that ends so could not write, and what is there instead; empty where all is written.
+
+    Every worker calls it when ``watched`` has ended, and all get the same.
+    """
+    told = ""
+    if job.comm.rank() == 0 and job.unwritten:
+        try:
+            there = f"the newest good checkpoint is {find_checkpoint(job.run.folder)[1]}"
+        except InputError as error:
+            there = str(error)
+        told = f"{outcome.value} after step {job.progress.step}, but not written: {' and '.join(job.unwritten.values())}; {there}"
+    elif outcome is Outcome.STOPPED:
+        log.info("--resume goes on after step %d", job.progress.step)
+    return job.comm.broadcast_object(told)
 
 
 def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:

@@ -9,8 +9,10 @@ import pytest
 
 from horoyolo.config import InputError
 from horoyolo.engine.build import Training
+from horoyolo.engine.checkpoint import newest_checkpoint
 from horoyolo.engine.runs import Run
 from horoyolo.engine.start import open_folder
+from horoyolo.engine.train import Outcome, watched, what_is_lost, whole_state
 from horoyolo.engine.watch import build_hooks
 
 Limit = Callable[[int], AbstractContextManager[None]]
@@ -47,3 +49,36 @@ def test_what_was_left_goes_when_the_run_begins_and_not_later(open_job: Callable
     assert all(path.exists() for path in left)
     open_folder(job, begins=True)
     assert not any(path.exists() for path in left)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_stop_without_a_checkpoint_is_a_failure_that_says_what_there_is(open_job: Callable[..., Training], file_limit: Limit, before: bool) -> None:
+    job = open_job()
+    if before:
+        job.save_checkpoint(whole_state(job))
+        job.background.wait()
+        job.progress.step = 4
+    assert what_is_lost(job, Outcome.STOPPED) == ""
+    with file_limit(1000), watched(job, []):
+        job.save_weights(job.model, 0, None, is_best=False)
+        job.save_checkpoint(whole_state(job))
+    lost, step = what_is_lost(job, Outcome.STOPPED), job.progress.step
+    assert lost.startswith(f"stopped after step {step}, but not written: weights of epoch 1 and checkpoint of step {step}; ")
+    assert lost.endswith(f"is {job.run.checkpoints / 'step-00000000.pt'}" if before else f"there is none in {job.run.checkpoints}")
+    job.save_checkpoint(whole_state(job))
+    job.save_weights(job.model, 1, None, is_best=False)
+    job.background.wait()
+    assert what_is_lost(job, Outcome.STOPPED) == ""
+
+
+def test_a_checkpoint_does_not_wait_for_what_is_the_worker_s_own(open_job: Callable[..., Training], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    job = open_job()
+    monkeypatch.setattr("horoyolo.engine.build.write_rank_state", fail)
+    monkeypatch.setattr(job.comm, "size", lambda: 2)
+    job.save_checkpoint(job.state.state_dict())
+    job.background.wait()
+    assert newest_checkpoint(job.run.checkpoints) is not None
+    assert not job.unwritten

@@ -186,6 +186,16 @@ def test_a_stopped_compressed_run_goes_on_with_the_same_bits(dataset: Path, tmp_
     assert all(torch.equal(left, right) for left, right in zip(tensors(final[0]), tensors(final[1]), strict=True))
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_run_that_could_not_write_what_it_ended_with_fails(dataset: Path, tmp_path: Path, num_workers: int) -> None:
+    """No file may be larger than 300 KB, as on a disk that is nearly full."""
+    argv = command(dataset, tmp_path, "run", num_workers, "--epochs", 1)
+    told = run(["bash", "-c", 'ulimit -f 300; exec "$@"', "-", *argv], status=1)
+    assert told.count("done after step 3, but not written: weights of epoch 1 and checkpoint of step 3; ") == 1
+    assert "no good checkpoint: there is none in" in told
+    assert len(steps(tmp_path, "run")) == 3
+
+
 def tensors(tree: object) -> list[torch.Tensor]:
     """All tensors of nested dictionaries, in order."""
     if isinstance(tree, torch.Tensor):
