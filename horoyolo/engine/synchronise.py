@@ -192,16 +192,19 @@ def catch_up(job: Training, claims: Sequence[Claim], root: int) -> None:
 def take_over(job: Training, state: dict[str, Any], mine: Claim, told: Claim) -> None:
     """The ``state`` of the worker that is furthest, without losing what is this worker's own: BatchNorm statistics and residuals.
 
-    Where others completed the update that failed here, they got all that this worker sent in it, so what is its own is that of this update. A
-    newcomer has nothing of its own: it takes the statistics too, and no residuals.
+    Where others completed the update that failed here, they got all that this worker sent in it, so what is its own is that of this update; where
+    they left it out, since it was not finite, that of the update before. A newcomer has nothing of its own: it takes the statistics too, and no
+    residuals.
     """
     if mine.position[:2] == told.position[:2]:  # others have finished the epoch besides
         job.standing.go_back()
         job.exchange.reset()
         has_own = True
     else:
-        has_own = job.exchange.settled
-        job.exchange.reset(used=has_own and told.update > mine.update)
+        has_own, used = job.exchange.settled, told.update > mine.update
+        job.exchange.reset(used=has_own and used)
+        if not used:
+            torch._foreach_copy_(list(job.model.buffers()), job.standing.buffers)
     own = [buffer.clone() for buffer in job.model.buffers()]
     job.state.load_state_dict(state)
     if has_own:

@@ -185,6 +185,26 @@ def test_an_update_that_one_survivor_completed_is_kept_by_all(data: Path, tmp_pa
     assert len({shared(job) for job in (first, second, newcomer)}) == 1
 
 
+def test_an_update_that_others_left_out_leaves_no_trace_where_it_failed(data: Path, tmp_path: Path) -> None:
+    """NaN in the images of a worker that does not hear how the exchange ended: the others skipped it, with the statistics of its images."""
+    config = config_for(data, tmp_path)
+    first, second = jobs = [build(config, BoardComm()) for _ in range(2)]
+    meet(jobs)
+    step(jobs)
+    before = fingerprint(second.rank_state()["buffers"])
+    nan = second.model.register_forward_pre_hook(lambda model, images: (images[0] * float("nan"),))
+    step(jobs, deaf=second)
+    nan.remove()
+    assert first.progress.skipped_updates == 1
+    assert not all(buffer.isfinite().all() for buffer in second.model.buffers())
+    meet(jobs)
+    assert (second.progress.step, second.progress.skipped_updates) == (2, 1)
+    assert fingerprint(second.rank_state()["buffers"]) == before
+    step(jobs)
+    assert first.progress.skipped_updates == 0
+    assert shared(first) == shared(second)
+
+
 @pytest.mark.parametrize("deaf_to", ["step.ahead", "step.losses", "bucket.0"])
 def test_an_update_that_no_survivor_completed_is_done_again(data: Path, tmp_path: Path, deaf_to: str) -> None:
     """The accumulation before it, too: everything is as after the last update, on both."""
