@@ -1,13 +1,15 @@
 """Full copies of a run's state in memory: what a worker goes back to where the state that it stands in can't be used any more.
 
 Two copies take turns, so that the older one stays whole while the newer one is written. They lie in this process, or as files in a folder that
-outlives it (of /dev/shm: memory, not a disk).
+outlives it (of /dev/shm: memory, not a disk). Loader processes hand over images in /dev/shm too and die of a bus error where it is full, so there
+copies leave room; where there is little, as in a container, they are kept in the process after all.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import shutil
 import time
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,6 +25,7 @@ log = logging.getLogger("horoyolo")
 
 SHARE_OF_TIME = 0.01  # that copies made by ``offer`` may cost
 NUM_COPIES = 2
+SPARE_SHARE, SPARE_BYTES = 0.25, 2**30  # what stays free beside copies in a folder: so much of it, and no more than so many bytes
 
 
 class Job(Protocol):
@@ -40,7 +43,10 @@ class Commits:
     """The last two states of a run, each with the number of its update. None that was torn or could not be written whole is ever given back."""
 
     def __init__(self, folder: Path | None = None) -> None:
+        """``folder`` is this worker's alone: what is half written there was left by one that was killed."""
         self._folder = folder
+        for left_over in folder.glob(".commit-*.tmp") if folder is not None else ():
+            left_over.unlink(missing_ok=True)
         self._copies: list[tuple[int, dict[str, Any]]] = []  # oldest first; unused with a folder
         self._due_s = 0.0
 
@@ -64,6 +70,11 @@ class Commits:
 
     def save(self, state: dict[str, Any], update: int) -> None:
         """Keeps a copy of ``state`` in place of the older of two. A folder that is full costs the copy, not the run."""
+        if self._folder is not None and not self._has_room(state):
+            log.warning("%s: too little room for copies of the state; a worker that takes this one's place will have none", self._folder)
+            for path in self._files():
+                path.unlink(missing_ok=True)
+            self._folder = None
         if self._folder is not None:
             self._write(state, update)
             return
@@ -92,6 +103,16 @@ class Commits:
         self._due_s = 0.0
         for path in self._files() if self._folder is not None else ():
             path.unlink(missing_ok=True)
+
+    def _has_room(self, state: dict[str, Any]) -> bool:
+        """Whether the folder takes ``state`` beside the copies that it holds, and what loaders need."""
+        assert self._folder is not None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            disk = shutil.disk_usage(self._folder)
+        except OSError:
+            return True  # writing tells
+        return disk.free - num_bytes(state) >= min(SPARE_SHARE * disk.total, SPARE_BYTES)
 
     def _write(self, state: dict[str, Any], update: int) -> None:
         assert self._folder is not None
@@ -136,6 +157,14 @@ def copied(tree: Any, spare: Any = None) -> Any:
         values = spare if isinstance(spare, (list, tuple)) and len(spare) == len(tree) else [None] * len(tree)
         return type(tree)(copied(value, old) for value, old in zip(tree, values, strict=True))
     return copy.deepcopy(tree)
+
+
+def num_bytes(tree: Any) -> int:
+    """What the tensors in nested dictionaries, lists and tuples take."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return sum(map(num_bytes, parts))
 
 
 def first_bad(tree: Any, name: str = "") -> str:

@@ -94,6 +94,35 @@ def test_a_full_folder_costs_the_copy_alone(tmp_path: Path, file_limit: Limit) -
     assert len(os.listdir(tmp_path)) == 1
 
 
+def test_a_small_folder_is_left_to_loaders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Copies leave a quarter of it free, or a gigabyte where it is large; else they are kept in the process."""
+    mega, disk = 2**20, SimpleNamespace(total=0, free=0)
+    monkeypatch.setattr("horoyolo.engine.commit.shutil.disk_usage", lambda folder: disk)
+    state = {"weights": torch.zeros(mega)}
+    for disk.total, least in ((64 * mega, 16 * mega), (2**40, 2**30)):
+        disk.free, commits = least + 4 * mega, Commits(tmp_path)
+        commits.save(state, 1)
+        assert len(list(tmp_path.glob("commit-*.pt"))) == 1
+        disk.free -= 1
+        for update in (2, 3):
+            commits.save(state, update)
+        found = commits.latest()
+        assert found is not None
+        assert found[0] == 3
+        assert not list(tmp_path.iterdir())
+        assert Commits(tmp_path).latest() is None  # for whoever takes its place: nothing rather than what is long past
+    assert [record.message.partition("; ")[0] for record in caplog.records] == [f"{tmp_path}: too little room for copies of the state"] * 2
+
+
+def test_half_a_copy_of_one_that_was_killed_is_removed(tmp_path: Path) -> None:
+    Commits(tmp_path).save(state_at(1), 1)
+    (tmp_path / ".commit-00000001.pt.abc.tmp").write_bytes(b"half")
+    found = Commits(tmp_path).latest()
+    assert found is not None
+    assert found[0] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["commit-00000000.pt"]
+
+
 class Job:
     """The parts of a run that are copied, small."""
 
