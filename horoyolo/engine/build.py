@@ -181,9 +181,11 @@ class CompressorState:
     compressor: Compressor
 
     def state_dict(self) -> dict[str, Any]:
+        """What is alike on all workers, with the settings that it belongs to."""
         return {"settings": self.settings, "state": self.compressor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave, where the settings are the same."""
         if state["settings"] == self.settings:
             self.compressor.load_state_dict(_as_kept_now(state["state"]))
         else:

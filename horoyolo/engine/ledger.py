@@ -42,9 +42,11 @@ class Ledger:
         self.recent.append(update)
 
     def state_dict(self) -> dict[str, Any]:
+        """The updates as lines of the file."""
         return {"recent": "".join(update.line() for update in self.recent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave."""
         self.recent = deque(lines_from(state["recent"]), maxlen=REMEMBERED)
 
 
@@ -117,8 +119,8 @@ class WriteLedger(Hook):
         tail = os.pread(self._descriptor, TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace")
         start = HEADER if not size else "" if tail.endswith("\n") else "\n"  # a line that was torn stays one that can't be read
         held = list(lines_from(tail))
-        recent = list(self._job.ledger.recent)
-        known = next((index for index, update in enumerate(recent) if update not in set(held)), len(recent))
+        known_updates, recent = set(held), list(self._job.ledger.recent)
+        known = next((index for index, update in enumerate(recent) if update not in known_updates), len(recent))
         if known == len(recent) and recent[-1] != held[-1]:
             known -= 1  # said once more: what comes after it in the file was not to stay
         return start + "".join(update.line() for update in recent[known:])

@@ -22,16 +22,19 @@ class WarnSlowNetwork(Hook):
     """A line when steps wait for the network most of their time, and much longer than they did before."""
 
     def __init__(self) -> None:
+        self._begin(workers=0)
+
+    def _begin(self, workers: int) -> None:
+        """Forgets what was seen: another number of workers waits another time."""
+        self._workers = workers
         self._window: deque[tuple[float, float]] = deque()  # (seconds of a step, of these waited)
         self._num_steps = 0
-        self._workers = 0
         self._usual_s: float | None = None  # least mean wait of a window so far
         self._quiet_s = 0.0  # left without another warning
 
     def after_step(self, record: StepRecord, batch: Any) -> None:
-        if record.workers != self._workers:  # another number of workers waits another time
-            self.__init__()  # type: ignore[misc]
-            self._workers = record.workers
+        if record.workers != self._workers:
+            self._begin(record.workers)
         self._num_steps += 1
         step_s = record.data_s + record.forward_s + record.backward_s + record.exchange_wait_s
         self._quiet_s -= step_s

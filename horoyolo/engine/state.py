@@ -67,9 +67,11 @@ class Progress:
         self.epoch_images, self.epoch_losses = 0, [0.0, 0.0, 0.0]
 
     def state_dict(self) -> dict[str, Any]:
+        """All figures by name."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave; a figure that an earlier version did not have stays as it is."""
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -87,6 +89,7 @@ class TrainState:
         self._parts[name] = part
 
     def state_dict(self) -> dict[str, Any]:
+        """The state of every part by its name; tensors are the live ones."""
         return {name: part.state_dict() for name, part in self._parts.items()}
 
     def missing_from(self, state: dict[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ class Layout(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
+        """What the values take, without gaps."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 

@@ -30,9 +30,11 @@ class Unreadable:
             log.warning("%d images can't be read any more and are shown as grey, without boxes: %s", len(news), shorten(sorted(news)))
 
     def state_dict(self) -> dict[str, Any]:
+        """The files, sorted."""
         return {"files": sorted(self.files)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave."""
         self.files = set(state["files"])
 
 

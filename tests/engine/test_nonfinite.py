@@ -13,7 +13,7 @@ from horoyolo.engine.build import Training
 from horoyolo.engine.loss_scale import LossScale
 from horoyolo.engine.state import TrainingError
 from horoyolo.engine.stop import StopRequest
-from horoyolo.engine.train import train
+from horoyolo.engine.train import Outcome, train
 from horoyolo.engine.watch import RecordFigures, WriteLedger
 from horoyolo.report.ledger import FILE, read_account
 
@@ -42,7 +42,7 @@ class Spoilt:
 def run(job: Training, bad: Callable[[int], bool]) -> Spoilt:
     loss = Spoilt(job, bad)
     job.loss = loss  # type: ignore[assignment]
-    assert train(job, [WriteLedger(job), RecordFigures(job)], StopRequest())
+    assert train(job, [WriteLedger(job), RecordFigures(job)], StopRequest()) is Outcome.DONE
     return loss
 
 
