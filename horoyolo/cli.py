@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,17 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown:
             raise InputError(unknown_flag(parsed.command, unknown[0]))
         status = parsed.run(parsed)
-    except InputError as error:
-        # Workers meet the same bad input together: one of them tells it.
-        if _is_first_worker():
-            print(f"horoyolo: error: {error}", file=sys.stderr)
-        status = BAD_INPUT
-    except KeyboardInterrupt:
-        status = FAILED
+    except (InputError, KeyboardInterrupt) as error:
+        status = _told(error)
     except BaseException:
         report_status(FAILED)
         raise
     return report_status(status)
+
+
+def _told(error: BaseException) -> int:
+    """Tells what ends this process as the user should see it; gives the exit status."""
+    if isinstance(error, InputError):
+        # Workers meet the same bad input together: one of them tells it.
+        if _is_first_worker():
+            print(f"horoyolo: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    if not isinstance(error, KeyboardInterrupt):
+        traceback.print_exception(error)
+    return FAILED
 
 
 def _is_first_worker() -> bool:
@@ -188,6 +196,7 @@ def train_config(parsed: argparse.Namespace) -> Config:
 
 
 def _train(parsed: argparse.Namespace) -> int:
+    from horoyolo.elastic.channel import FD
     from horoyolo.launch.environment import threads_here
 
     config = train_config(parsed)
@@ -201,8 +210,12 @@ def _train(parsed: argparse.Namespace) -> int:
         if _is_first_worker():
             print(f"horoyolo: error: {error}", file=sys.stderr)
         status = FAILED
+    except BaseException as error:
+        if not (parsed.elastic and FD in os.environ):
+            raise
+        status = _told(error)
     if parsed.elastic:
-        # Generations that broke leave threads of Horovod behind, which the interpreter's end may wait for.
+        # The interpreter's end waits for Horovod: for threads that broken generations left behind, and for a worker that is stopped or out of reach.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(report_status(status))

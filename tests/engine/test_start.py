@@ -1,9 +1,13 @@
-"""The folder of a run: made when it begins; nothing that comes later needs room on its disk."""
+"""How a run begins and ends: its folder, made when it begins and needing no room later; what it says where its end was not written."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +86,22 @@ def test_a_checkpoint_does_not_wait_for_what_is_the_worker_s_own(open_job: Calla
     job.background.wait()
     assert newest_checkpoint(job.run.checkpoints) is not None
     assert not job.unwritten
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"), [("OSError(28, 'No space')", 1, "OSError: [Errno 28] No space"), ("InputError('bad')", 2, "error: bad")]
+)
+def test_a_worker_of_an_elastic_job_that_fails_ends_at_once(tmp_path: Path, error: str, status: int, told: str) -> None:
+    """As long as Horovod's own end may take: it waits for workers that don't answer."""
+    program = (
+        "import atexit, sys, time; from horoyolo.cli import main; from horoyolo.config import InputError; from horoyolo.engine import start\n"
+        "def fail(*args, **options):\n"
+        f"    atexit.register(time.sleep, 600); raise {error}\n"
+        "start.start_training = fail\n"
+        "sys.exit(main(['train', '--data', 'd.yaml', '--cfg', 'yolov5n', '--elastic']))"
+    )
+    env = os.environ | {"HOROYOLO_ELASTIC_FD": "0", "HOROYOLO_STATUS_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == status
+    assert told in done.stderr
+    assert [path.read_text() for path in tmp_path.glob("status.*")] == [str(status)]
