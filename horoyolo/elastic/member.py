@@ -27,7 +27,9 @@ from horoyolo.config import InputError
 from horoyolo.elastic.channel import FD, HANG_TIMEOUT, HANG_TIMEOUT_S, LEASE_S, MEMORY, SLOT, SLOTS, Lines, Message, encode
 
 PULSE_EVERY_S = 1.0
-STEP_TIMES = 10  # a step may take --hang-timeout, or so many times the longest one so far
+# A step may take --hang-timeout, or so many times the longest one so far, or so many times the longest of those that were the first of their kind:
+# these are slow for reasons of their own.
+STEP_TIMES, FIRST_TIMES = 10, 2
 OTHER_LIMIT_S = 600.0  # imports, the first batch of an epoch, the first step of a kind; scores, checkpoints, plots
 STUCK_S = 0.5  # after the connections of a broken generation were ended, for whoever waits in it to notice
 LIMITS_S: dict[str, float | None] = {"start": OTHER_LIMIT_S, "first": OTHER_LIMIT_S, "other": OTHER_LIMIT_S, "wait": None, "idle": None}
@@ -91,7 +93,7 @@ class Member:
         self._channel = channel
         self._phase = ("start", time.monotonic())
         self._hang_timeout_s = hang_timeout_s
-        self._longest_step_s = 0.0
+        self._longest_s = {"first": 0.0, "step": 0.0}
         self._kinds: set[str] = set()  # of steps that were begun
         self._state = OUT
         self._sockets: set[int] = set()  # of the generation, by inode
@@ -123,8 +125,8 @@ class Member:
     def enter(self, name: str) -> str:
         """The main thread is in another phase from now on, or in the same anew; gives the one before."""
         (last, since_s), now_s = self._phase, time.monotonic()
-        if last in ("first", "step"):
-            self._longest_step_s = max(self._longest_step_s, now_s - since_s)
+        if last in self._longest_s:
+            self._longest_s[last] = max(self._longest_s[last], now_s - since_s)
         self._phase = (name, now_s)
         return last
 
@@ -232,7 +234,8 @@ class Member:
     def _pulse(self) -> None:
         while True:
             phase, since_s = self._phase
-            limit_s = max(self._hang_timeout_s, STEP_TIMES * self._longest_step_s) if phase == "step" else LIMITS_S[phase]
+            step_limit_s = max(self._hang_timeout_s, STEP_TIMES * self._longest_s["step"], FIRST_TIMES * self._longest_s["first"])
+            limit_s = step_limit_s if phase == "step" else LIMITS_S[phase]
             self.say("pulse", step=self.step, phase=phase, age_s=round(time.monotonic() - since_s, 3), limit_s=limit_s)
             time.sleep(PULSE_EVERY_S)
 

@@ -288,6 +288,8 @@ class Membership:
 
     def _first(self, ready: list[Worker], now: float) -> list[Action]:
         """The first generation, once there are enough and the others had their time."""
+        if self._done_s is not None:
+            return []
         if len(ready) < self.limits.min_np:
             self._enough_s = None
             self._wait_below(len(ready), now)

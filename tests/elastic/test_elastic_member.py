@@ -78,7 +78,7 @@ def test_signs_of_life_say_what_the_main_thread_does(ends: tuple[Member, Agent])
     assert pulse["limit_s"] == 15
 
 
-def test_a_step_may_take_what_the_job_says_or_ten_times_the_longest_the_first_included() -> None:
+def test_a_step_may_take_what_the_job_says_or_ten_times_the_longest_or_twice_the_first() -> None:
     ours, theirs = socket.socketpair()
     member, agent = Member(theirs, hang_timeout_s=0.5), Agent(ours)
     threading.Thread(target=agent.keep_alive, daemon=True).start()
@@ -89,7 +89,9 @@ def test_a_step_may_take_what_the_job_says_or_ten_times_the_longest_the_first_in
     member.begin_step("train")
     pulse = agent.hear("pulse")
     assert pulse["phase"] == "step"
-    assert 8 < pulse["limit_s"] < 20  # the first took about a second
+    assert 1.6 < pulse["limit_s"] < 4  # the first took about a second
+    member.begin_step("train")
+    assert 8 < agent.hear("pulse")["limit_s"] < 20  # so did the second
     phases = []
     for _ in member.steps(range(2), "evaluate"):
         phases.append(member.enter("other"))
