@@ -29,6 +29,7 @@ FLOORS = {
     "bench": 5,
     "cli": 6,
     "__main__": 7,
+    "warm": 7,
 }
 ALSO_FORBIDDEN = {("engine", "launch")}
 ONLY_IN = {

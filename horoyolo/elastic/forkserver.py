@@ -1,17 +1,15 @@
 """Workers forked from a process that has imported what they need: one that takes a dead one's place is there in a fraction of the time, and
 the workers of a host share the memory of their libraries.
 
-``python -m horoyolo.elastic.forkserver`` runs beside the agent of each host, with the job's environment. Over the socket whose number is in
-FORKS it says ``{"is": "warm"}`` when its imports are done; then each request has one answer: ``{"fork": words, "env": variables}``, sent with
-the worker's end of its channel, ``{"pid": N}``; ``{"reap": pid}``, for a worker that has ended, ``{"status": N}``, negative for a signal. It
-has no threads and touches no GPU, since neither would survive a fork.
+The process (``horoyolo/warm.py``) runs beside the agent of each host, with the job's environment. Over the socket whose number is in FORKS it
+says ``{"is": "warm"}`` when its imports are done; then each request has one answer: ``{"fork": words, "env": variables}``, sent with the worker's
+end of its channel, ``{"pid": N}``; ``{"reap": pid}``, for a worker that has ended, ``{"status": N}``, negative for a signal.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import json
 import os
 import signal
@@ -25,7 +23,7 @@ from typing import Any
 from horoyolo.elastic.channel import FD
 
 FORKS = "HOROYOLO_FORKS_FD"
-MODULE = ["-m", "horoyolo.elastic.forkserver"]
+MODULE = ["-m", "horoyolo.warm"]
 COMMAND = ["-m", "horoyolo"]  # what it can run in a fork; behind it come words of the command line
 MESSAGE_BYTES = 2**16
 ANSWER_S = 5.0  # a server that takes longer hangs
@@ -110,7 +108,7 @@ def can_fork(argv: Sequence[str]) -> bool:
 
 
 def _argv_as_long_as(argv: Sequence[str]) -> list[str]:
-    """The server's words, with as many bytes as a worker's where these are more: its forks can then show theirs (``_show_as``)."""
+    """The server's words, with as many bytes as a worker's where these are more: its forks can then show theirs (``show_as``)."""
     own = [argv[0], *MODULE]
     spare = len(_in_memory(argv)) - len(_in_memory(own)) - 1
     return [*own, " ".join(argv[3:]).encode()[:spare].decode(errors="ignore").ljust(spare)] if spare > 0 else own
@@ -144,50 +142,9 @@ def serve(control: socket.socket) -> tuple[list[str], dict[str, str]] | None:
         control.send(json.dumps(answer).encode())
 
 
-def import_all() -> None:
-    """What every worker imports. Numerical libraries start no threads meanwhile."""
-    unsaid = "OMP_NUM_THREADS" not in os.environ
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import horoyolo.engine.start  # noqa: F401
-    from horoyolo.report.monitor import import_writers
-
-    import_writers()
-    with contextlib.suppress(ImportError):  # whoever needs it says so
-        import horovod.torch  # noqa: F401
-    if unsaid:
-        del os.environ["OMP_NUM_THREADS"]
-    gc.collect()
-    gc.freeze()  # a collection in a fork would touch, and so copy, every page
-
-
-def _show_as(argv: Sequence[str]) -> None:
+def show_as(argv: Sequence[str]) -> None:
     """Has this process show these words where processes are listed (ps, pkill), if there are exactly as many bytes for them as they need."""
     numbers = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end, words = int(numbers[ARG_START]), int(numbers[ARG_END]), _in_memory(argv)
     if start and end - start == len(words):
         ctypes.memmove(start, words, len(words))
-
-
-def main() -> int:
-    """Serves, or, in a fork, is a worker."""
-    import_all()
-    with socket.socket(fileno=int(os.environ.pop(FORKS))) as control:
-        worker = serve(control)
-    if worker is None:
-        return 0
-    words, env = worker
-    os.environ.update(env)
-    _show_as([sys.orig_argv[0], *COMMAND, *words])
-
-    import torch
-
-    from horoyolo import cli
-    from horoyolo.launch.environment import threads_here
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads_here(os.environ, len(os.sched_getaffinity(0))))
-    return cli.main(words)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -38,10 +38,17 @@ def environ(pid: int) -> dict[str, str]:
     return dict(word.split("=", 1) for word in text.split("\0")[:-1])
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def started_with(lab: Lab, argv: list[str]) -> list[tuple[str, dict[str, str]]]:
-    """Name and environment of each program of node1 that has the words of ``argv`` behind its name; a script's name follows its interpreter's."""
-    seen = [(pid, cmdline(pid)) for pid in lab.processes("node1")]
-    return [(Path(words[-len(argv)]).name, environ(pid)) for pid, words in seen if len(words) >= len(argv) and words[-len(argv) + 1 :] == argv[1:]]
+    """Name and environment of each program of node1 that has the words of ``argv`` behind its name; a script's name follows its interpreter's.
+
+    What such a program has forked, and will be another in a moment, does not count.
+    """
+    seen = {pid: words for pid in lab.processes("node1") if (words := cmdline(pid))[-len(argv) + 1 :] == argv[1:] and len(words) >= len(argv)}
+    return [(Path(words[-len(argv)]).name, environ(pid)) for pid, words in seen.items() if parent(pid) not in seen]
 
 
 @pytest.mark.parametrize("way", WAYS)
