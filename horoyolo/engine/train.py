@@ -116,17 +116,18 @@ def watched(job: Training, hooks: list[Hook]) -> Iterator[None]:
 
 
 def what_is_lost(job: Training, outcome: Outcome) -> str:
-    """What a run that ends so could not write, and what is there instead; empty where all is written.
+    """What a run that ends so could not write, and what is there instead; empty where all is written, or whoever resumes it will write it.
 
     Every worker calls it when ``watched`` has ended, and all get the same.
     """
     told = ""
-    if job.comm.rank() == 0 and job.unwritten:
+    lost = [what for kind, what in job.unwritten.items() if outcome is Outcome.DONE or kind == "checkpoint"]
+    if job.comm.rank() == 0 and lost:
         try:
             there = f"the newest good checkpoint is {find_checkpoint(job.run.folder)[1]}"
         except InputError as error:
             there = str(error)
-        told = f"{outcome.value} after step {job.progress.step}, but not written: {' and '.join(job.unwritten.values())}; {there}"
+        told = f"{outcome.value} after step {job.progress.step}, but not written: {' and '.join(lost)}; {there}"
     elif outcome is Outcome.STOPPED:
         log.info("--resume goes on after step %d", job.progress.step)
     return job.comm.broadcast_object(told)

@@ -244,7 +244,7 @@ def disk_full(rig: Rig) -> Result:
 def killed_while_saving(rig: Rig) -> Result:
     script = Path(__file__).resolve().parents[2] / "scripts" / "kill_while_writing.py"
     done = rig.lab.run("node1", [sys.executable, str(script), "--kills", "100"], timeout=900)
-    said = (done.stdout.strip().splitlines() or [""])[-1]
+    said = "; ".join(done.stdout.strip().splitlines())
     if done.returncode:
         raise Failed(f"{said} {done.stderr.strip()[-500:]}")
     return Result(said)
