@@ -89,8 +89,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     """The whole rows of a CSV file; none where there is no file."""
     if not path.exists():
         return []
-    with path.open(newline="") as stream:
-        return [row for row in csv.DictReader(stream) if None not in row.values()]
+    return [row for row in csv.DictReader(path.read_text().splitlines()) if None not in row.values()]  # read at once: the file grows
 
 
 if __name__ == "__main__":
