@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from tqdm import tqdm
 log = logging.getLogger("horoyolo")
 
 BAR_WIDTH = 20
+ROOM_BYTES = 2**20  # for events
 
 
 class Writer(Protocol):
@@ -92,17 +94,23 @@ class TensorBoardWriter:
     def __init__(self, folder: Path, after_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second: only where it is used
 
+        self._folder = folder
         self._writer: SummaryWriter | None = None
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._check_room()
             self._writer = SummaryWriter(str(folder), purge_step=after_step + 1 if after_step else None)
         except OSError as error:
             self._end(error)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds every number; what is not a number is left out. After a full disk nothing more is added."""
+        if self._writer is None:
+            return
         try:
+            self._check_room()
             for name, value in metrics.items():
-                if isinstance(value, (int, float)) and self._writer is not None:
+                if isinstance(value, (int, float)):
                     self._writer.add_scalar(name, value, step)
         except OSError as error:
             self._end(error)
@@ -112,6 +120,11 @@ class TensorBoardWriter:
         if self._writer is not None:
             with suppress(OSError):  # what was written stays
                 self._writer.close()
+
+    def _check_room(self) -> None:
+        """Raises OSError where the disk is about to be full: the thread that writes events would tell it by a traceback."""
+        if shutil.disk_usage(self._folder).free < ROOM_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _end(self, error: OSError) -> None:
         self.close()

@@ -121,3 +121,13 @@ def test_progress_without_a_terminal_is_a_line_now_and_then() -> None:
     progress.advance(10, "loss 1")
     progress.close()
     assert patient.getvalue() == ""
+
+
+def test_events_end_before_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    writer = TensorBoardWriter(tmp_path)
+    writer.write(1, {"loss": 1.0})
+    monkeypatch.setattr("horoyolo.report.monitor.ROOM_BYTES", 2**62)
+    for step in (2, 3):
+        writer.write(step, {"loss": 1.0})
+    writer.close()
+    assert [record.message for record in caplog.records] == ["TensorBoard events: No space left on device; they end here, training goes on"]
