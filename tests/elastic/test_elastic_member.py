@@ -11,36 +11,14 @@ import threading
 import time
 
 import pytest
+from agentend import Agent
 
 from horoyolo.config import Config, InputError
-from horoyolo.elastic.channel import FD, HANG_TIMEOUT, Lines, encode
+from horoyolo.elastic.channel import FD, HANG_TIMEOUT
 from horoyolo.elastic.member import Member, end_sockets, open_member, tcp_sockets
 from horoyolo.engine.start import start_member
 
 PLACE = {"rank": 1, "size": 2, "local_rank": 0, "local_size": 1, "cross_rank": 1, "cross_size": 2, "addr": "127.0.0.1", "port": 1, "stop": False}
-
-
-class Agent:
-    def __init__(self, channel: socket.socket) -> None:
-        self._channel, self._lines, self._heard = channel, Lines(), []
-        channel.settimeout(10)
-
-    def tell(self, what: str, **more: object) -> None:
-        self._channel.sendall(encode({"tell": what, **more}))
-
-    def keep_alive(self) -> None:
-        while True:
-            time.sleep(3)
-            self.tell("alive")
-
-    def hear(self, what: str) -> dict:
-        """The next message of this kind."""
-        while True:
-            while self._heard:
-                message = self._heard.pop(0)
-                if message["say"] == what:
-                    return message
-            self._heard += self._lines.feed(self._channel.recv(4096))
 
 
 @pytest.fixture(scope="module", autouse=True)

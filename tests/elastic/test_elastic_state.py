@@ -11,15 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from agentend import Agent
 from fusion_worker import SIZES
 
-from horoyolo.elastic.channel import FD, Lines, Message, encode
+from horoyolo.elastic.channel import FD
 from horoyolo.elastic.rendezvous import Rendezvous
 from horoyolo.elastic.state import DEFAULT_CYCLE_MS, set_one_of_two
 
@@ -94,31 +93,9 @@ BROADCAST_WORKER = Path(__file__).with_name("broadcast_worker.py")
 GLOO = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "HOROVOD_GLOO_TIMEOUT_SECONDS": "120"}
 
 
-@dataclass
-class Worker:
-    """A worker's process and the test's end of its channel."""
-
-    process: subprocess.Popen
-    channel: socket.socket
-    lines: Lines = field(default_factory=Lines)
-    said: list[Message] = field(default_factory=list)
-
-    def tell(self, what: str, **more: Any) -> None:
-        self.channel.sendall(encode({"tell": what, **more}))
-
-    def hear(self, what: str) -> Message:
-        """The next message of a kind."""
-        while True:
-            while self.said:
-                message = self.said.pop(0)
-                if message["say"] == what:
-                    return message
-            self.said += self.lines.feed(self.channel.recv(4096))
-
-
 @contextlib.contextmanager
-def two_workers(what: str) -> Iterator[list[Worker]]:
-    """A generation of two: rank 0 is about to send something large, or nothing."""
+def two_workers(what: str) -> Iterator[list[tuple[subprocess.Popen, Agent]]]:
+    """Process and channel of a generation of two: rank 0 is about to send something large, or nothing."""
     workers = []
     rendezvous = Rendezvous("127.0.0.1")
     place = {"generation": 1, "size": 2, "local_size": 2, "cross_rank": 0, "cross_size": 1, "stop": False}
@@ -126,43 +103,42 @@ def two_workers(what: str) -> Iterator[list[Worker]]:
     try:
         for _ in range(2):
             ours, theirs = socket.socketpair()
-            ours.settimeout(30)
             env = {**os.environ, **GLOO, FD: str(theirs.fileno()), "HOROVOD_HOSTNAME": "localhost", "OMP_NUM_THREADS": "1"}
             argv = [sys.executable, str(BROADCAST_WORKER), what]
-            workers.append(Worker(subprocess.Popen(argv, env=env, pass_fds=[theirs.fileno()]), ours))
+            workers.append((subprocess.Popen(argv, env=env, pass_fds=[theirs.fileno()]), Agent(ours)))
             theirs.close()
-        for rank, worker in enumerate(workers):
-            worker.hear("ready")
-            worker.tell("place", rank=rank, local_rank=rank, **place)
-        for worker in workers:
-            worker.hear("begun")
+        for rank, (_, agent) in enumerate(workers):
+            agent.hear("ready")
+            agent.tell("place", rank=rank, local_rank=rank, **place)
+        for _, agent in workers:
+            agent.hear("begun")
         yield workers
     finally:
-        for worker in workers:
-            worker.process.kill()
-            worker.process.wait()
-            worker.channel.close()
+        for process, agent in workers:
+            process.kill()
+            process.wait()
+            agent.channel.close()
         rendezvous.close()
 
 
 def test_who_waits_for_the_rest_of_a_message_keeps_its_state_and_starts_again():
     """Gloo tells it nothing when the sender dies in the middle, though all connections are ended."""
     pytest.importorskip("horovod.torch", reason="Horovod is not installed (scripts/setup.sh builds it)")
-    with two_workers("send") as (sender, receiver):
-        receiver.hear("arriving")
-        sender.process.kill()
+    with two_workers("send") as ((sender, _), (receiver, agent)):
+        agent.hear("arriving")
+        sender.kill()
         began_s = time.monotonic()
-        receiver.tell("interrupt", generation=1)
-        assert "does not end" in receiver.hear("kept")["why"]
-        assert receiver.process.wait(10) == -signal.SIGABRT
+        agent.tell("interrupt", generation=1)
+        assert "does not end" in agent.hear("kept")["why"]
+        assert receiver.wait(10) == -signal.SIGABRT
         assert time.monotonic() - began_s < 5  # about 0.6
 
 
 def test_who_hears_of_the_end_by_itself_goes_on():
     pytest.importorskip("horovod.torch", reason="Horovod is not installed (scripts/setup.sh builds it)")
-    with two_workers("idle") as (sender, receiver):
-        sender.process.kill()
-        receiver.tell("interrupt", generation=1)
-        assert "does not end" not in receiver.hear("kept")["why"]
-        assert receiver.hear("ready")["generation"] == 1
-        assert receiver.process.wait(10) == 0
+    with two_workers("idle") as ((sender, _), (receiver, agent)):
+        sender.kill()
+        agent.tell("interrupt", generation=1)
+        assert "does not end" not in agent.hear("kept")["why"]
+        assert agent.hear("ready")["generation"] == 1
+        assert receiver.wait(10) == 0
