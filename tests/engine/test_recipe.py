@@ -1,4 +1,4 @@
-"""The law of size, over every option of data and recipe: 1, 2 and 4 workers have the same losses and end with the same weights, to seven digits."""
+"""The law of size, over every option of data and recipe: 1, 2 and 4 workers have the same losses and end with the same weights."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ assert _spec.loader
 recipe_worker = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(recipe_worker)
 OPTIONS, CACHES = recipe_worker.OPTIONS, recipe_worker.CACHES
+ROUNDED = ("multi-scale, close mosaic",)  # whose sums of other parts round another way in the last bit; all others have the same bits
 
 Outcomes = dict[str, dict[str, Any]]  # by option
 
@@ -52,7 +53,8 @@ def test_the_same_run_at_any_size(sizes: dict[int, list[Outcomes]], option: str)
     for outcomes in (sizes[2], sizes[4]):
         for outcome in (worker[option] for worker in outcomes):
             torch.testing.assert_close(torch.tensor(outcome["losses"]), torch.tensor(alone["losses"]), rtol=1e-6, atol=0)
-            torch.testing.assert_close(outcome["weights"], alone["weights"], rtol=1e-6, atol=1e-6)  # other sums round in other ways
+            bound = 1e-6 if option in ROUNDED else 0.0
+            torch.testing.assert_close(outcome["weights"], alone["weights"], rtol=bound, atol=bound)
             assert (outcome["epochs"], outcome["exchanged"]) == (alone["epochs"], alone["exchanged"])
 
 

@@ -474,8 +474,7 @@ def uneven_shares(rig: Rig) -> Result:
         kill(job.follower()[1])
         seconds = job.next_step(4, 60)
         job.more_steps(3)
-        # A step of five workers on two cores alone takes a second or two.
-        return finished(job, "16 images over 5 workers, then over 4: every step is the undisturbed run's", seconds, 2 * KILL_S)
+        return finished(job, "16 images over 5 workers, then over 4: every step is the undisturbed run's", seconds, KILL_S)
 
 
 def ssh_refused(rig: Rig) -> Result:
