@@ -71,10 +71,11 @@ def systems(place: Place, size: Size, data: Path, peers: Sequence[str]) -> dict[
 
 
 def measure_recovery(ways: dict[str, Make], place: Place, folder: Path, parsed: argparse.Namespace) -> dict[str, Any]:
-    """Seconds from each kill to the next completed step, and the steps that were done again, of every elastic system."""
+    """Seconds from each kill to the next completed step, and the steps that were done again, of every elastic system; peers share the first kills."""
     kills: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for number in range(parsed.kills):
-        for make in (make for key, make in ways.items() if key.endswith("elastic")):
+        killed = [key for key in ways if key.endswith("elastic") and (number < parsed.peer_kills or key.startswith("ours"))]
+        for make in (ways[key] for key in killed):
             dice = random.Random(f"{parsed.seed} {number}")  # the same victims and moments for all
             with fresh(make, folder) as (system, own):
                 kills[system.name].append(one_kill(system, place, own, dice, parsed.limit))
@@ -158,10 +159,10 @@ def one_rate(system: System, place: Place, folder: Path, steps: int) -> float:
 def print_recovery(recovery: dict[str, Any], place: Place) -> None:
     """A row a system."""
     print(f"kill -9 of one of {place.name}: seconds to the next completed step")
-    print(f"{'':34}{'median':>10}{'least':>10}{'most':>10}{'never':>8}{'steps done again':>20}")
+    print(f"{'':34}{'kills':>8}{'median':>10}{'least':>10}{'most':>10}{'never':>8}{'steps done again':>20}")
     for name, row in recovery.items():
         times = "".join(f"{'never' if row[key] is None else format(row[key], '.2f'):>10}" for key in ("median_s", "min_s", "max_s"))
-        print(f"{name:34}{times}{row['never']:8}{row['repeated_steps']:20}")
+        print(f"{name:34}{len(row['kills']):8}{times}{row['never']:8}{row['repeated_steps']:20}")
 
 
 def print_rates(rates: dict[str, Any], place: Place) -> None:

@@ -74,7 +74,8 @@ def describe_elastic(parser: argparse.ArgumentParser) -> None:
     _describe_workers(parser, num_workers=3)
     _describe_model(parser, cfg="yolov5n", img=64, batch=4, steps=100)
     _describe_repeats(parser)
-    parser.add_argument("--kills", type=int, default=20, help="of a worker of each elastic run, one a run; 0: step rates alone")
+    parser.add_argument("--kills", type=int, default=20, help="of a worker of an elastic run, one a run; 0: step rates alone")
+    parser.add_argument("--peer-kills", type=int, default=5, help="so many of them are done to each peer too: torchrun takes two minutes over one")
     parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="a run that has not gone on by then never does")
     parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
     peers = "others in turn: stock Horovod's elastic run with TorchState, DDP under torchrun; bare: both"
