@@ -69,30 +69,35 @@ class RecordFigures(Hook):
 
     def __init__(self, job: Training) -> None:
         self._job = job
-        self._open()
+        folder = job.run.folder
+        self._steps = CsvWriter(folder / "steps.csv", STEP_COLUMNS, job.progress.step)
+        self._epochs = CsvWriter(folder / "results.csv", EPOCH_COLUMNS, self._last_of_epochs)
+        self._events = self._open_events()
         for record in list(job.recent):
             if record.step > self._steps.last_step:
                 self.missed_step(record)
 
-    def _open(self) -> None:
-        folder, progress = self._job.run.folder, self._job.progress
-        self._steps = CsvWriter(folder / "steps.csv", STEP_COLUMNS, progress.step)
-        # An epoch whose last update is done may still be evaluated again.
-        self._epochs = CsvWriter(folder / "results.csv", EPOCH_COLUMNS, progress.step - (progress.epoch_images > 0))
-        self._events = TensorBoardWriter(folder / "tensorboard", progress.step)
+    def _open_events(self) -> TensorBoardWriter:
+        return TensorBoardWriter(self._job.run.folder / "tensorboard", self._job.progress.step)
+
+    @property
+    def _last_of_epochs(self) -> int:
+        """The last step that an epoch may have ended with: one whose last update is done may still be evaluated again."""
+        return self._job.progress.step - (self._job.progress.epoch_images > 0)
 
     def after_change(self) -> None:
         progress = self._job.progress
         if self._steps.last_step > progress.step or (progress.epoch_images and self._epochs.last_step == progress.step):
-            self._close()
-            self._open()
+            self.after_return()
 
     def missed_step(self, record: StepRecord) -> None:
         self.after_step(record, None)
 
     def after_return(self) -> None:
-        self._close()
-        self._open()
+        self._steps.go_back(self._job.progress.step)
+        self._epochs.go_back(self._last_of_epochs)
+        self._events.close()
+        self._events = self._open_events()
 
     def after_step(self, record: StepRecord, batch: Any) -> None:
         figures = asdict(record)
@@ -105,9 +110,6 @@ class RecordFigures(Hook):
         self._events.write(record.step, {f"epoch/{name}": value for name, value in figures.items()})
 
     def after_train(self) -> None:
-        self._close()
-
-    def _close(self) -> None:
         writers: tuple[Writer, ...] = (self._steps, self._epochs, self._events)
         for writer in writers:
             writer.close()

@@ -51,6 +51,17 @@ class CsvWriter:
         self._waiting += _line([_short(metrics[column]) for column in self._columns])
         self._flush()
 
+    def go_back(self, after_step: int) -> None:
+        """Forgets the rows whose ``step`` is beyond ``after_step``, in the file and among those that wait: they will be written again."""
+        header = _line(self._columns)
+        _, *waiting = _kept(header + self._waiting.removeprefix(header), self._columns, after_step)
+        self._waiting = b"".join(waiting)
+        if waiting:
+            self.last_step = self._step(waiting[-1])
+        self.close()
+        self._descriptor, self._after_step = None, after_step
+        self._flush()
+
     def close(self) -> None:
         """No row may follow."""
         if self._descriptor is not None:
@@ -83,9 +94,12 @@ class CsvWriter:
             raise
         self._descriptor = descriptor
         if not self._waiting:
-            self.last_step = int(kept[-1].split(b",")[self._columns.index("step")]) if len(kept) > 1 else 0
+            self.last_step = self._step(kept[-1]) if len(kept) > 1 else 0
         if not kept:
             self._waiting = _line(self._columns) + self._waiting
+
+    def _step(self, row: bytes) -> int:
+        return int(row.split(b",")[self._columns.index("step")])
 
 
 class TensorBoardWriter:

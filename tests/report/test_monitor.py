@@ -90,6 +90,25 @@ def test_a_new_file_on_a_full_disk_comes_when_it_can(tmp_path: Path, file_limit:
     assert [record.message for record in caplog.records] == [f"steps.csv: {why}; its rows wait, training goes on" for why in WHY_NOT]
 
 
+@pytest.mark.parametrize("room_bytes", [0, 5, None])
+def test_going_back_keeps_the_rows_that_wait(tmp_path: Path, file_limit: Limit, room_bytes: int | None) -> None:
+    """Of those beyond the step nothing stays, whether they are in the file (no limit), wait for room in it, or wait with its header."""
+    path = tmp_path / "steps.csv"
+    writer = CsvWriter(path, COLUMNS)
+    if room_bytes:
+        for step in (1, 2):
+            writer.write(step, {"step": step, "loss": 1})
+    with file_limit(2**20 if room_bytes is None else path.stat().st_size + room_bytes if room_bytes else 4):
+        for step in range(3 if room_bytes else 1, 8):
+            writer.write(step, {"step": step, "loss": 1})
+        writer.go_back(5)
+        assert writer.last_step == 5
+    for step in (6, 7):
+        writer.write(step, {"step": step, "loss": 2})
+    writer.close()
+    assert rows(path) == [{"step": str(step), "loss": "1" if step < 6 else "2"} for step in range(1, 8)]
+
+
 WHY_NOT = ("No space left on device", "No such file or directory")
 
 
