@@ -16,7 +16,7 @@ import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
@@ -181,7 +181,10 @@ def _good_content(path: Path, manifest: Manifest) -> bytes:
 
 
 def _put(path: Path, content: bytes | memoryview, manifest_name: str, files: str, keep: int, notes: dict[str, Any]) -> list[str]:
-    """Writes one of the ``files`` (a pattern) that a manifest lists, then its entry, then deletes those that are outdated; gives their names."""
+    """Writes one of the ``files`` (a pattern) that a manifest lists, then its entry, then deletes those that are outdated; gives their names.
+
+    The manifest forgets a file only when that is gone: one that it does not know counts as written after it.
+    """
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in (*folder.glob(f".{files}.*.tmp"), *folder.glob(f".{manifest_name}.*.tmp")):  # by a writer that was killed
@@ -189,7 +192,8 @@ def _put(path: Path, content: bytes | memoryview, manifest_name: str, files: str
     there = sorted(found.name for found in folder.glob(files))
     known = _read_manifest(folder, manifest_name)
     manifest: Manifest = {name: entry for name, entry in known.items() if name in there} if known is not None else {name: {} for name in there}
-    if path.name in manifest:
+    unknown = [name for name in there if name not in manifest and name != path.name]  # of writers that were killed
+    if path.name in there:
         # The run comes by this step again. Should it die in between, the file under this name, old or new, is judged by the checksums inside.
         manifest[path.name] = {}
         _write_manifest(folder / manifest_name, manifest)
@@ -197,13 +201,17 @@ def _put(path: Path, content: bytes | memoryview, manifest_name: str, files: str
     manifest.pop(path.name, None)
     manifest[path.name] = {"sha256": sha256, "bytes": len(content), **notes}
     outdated = _outdated(manifest, keep)
-    for name in outdated:
-        del manifest[name]
-    outdated += [name for name in there if name not in manifest and name not in outdated]  # and those of writers that were killed
-    _write_manifest(folder / manifest_name, manifest)
-    for name in outdated:
+    _delete(folder, unknown)
+    if outdated:
+        _write_manifest(folder / manifest_name, manifest)
+        _delete(folder, outdated)
+    _write_manifest(folder / manifest_name, {name: entry for name, entry in manifest.items() if name not in outdated})
+    return unknown + outdated
+
+
+def _delete(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
         (folder / name).unlink(missing_ok=True)
-    return outdated
 
 
 def _write_checked(path: Path, content: bytes | memoryview) -> str:

@@ -105,6 +105,59 @@ def killed(*args: object) -> None:
     raise KeyboardInterrupt
 
 
+class Killed(BaseException):
+    """In the place of kill -9."""
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
+@pytest.mark.parametrize("file_without_entry", [False, True])
+def test_a_writer_killed_before_any_change_of_the_folder_leaves_the_last_or_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_without_entry: bool, again: bool
+) -> None:
+    last = 4 if file_without_entry else 3
+    step = last if again else last + 1
+    found = []
+    for allowed in range(100):
+        folder = tmp_path / str(allowed)
+        for earlier in (1, 2, 3):
+            save(folder, earlier)
+        if file_without_entry:
+            shutil.copy(save(tmp_path / "other", 4), folder)
+        with monkeypatch.context() as patches:
+            kill_before_change(patches, allowed)
+            try:
+                save(folder, step)
+            except Killed:
+                found.append(newest_step(folder))
+            else:
+                break
+        save(folder, 9, best=True)
+        assert newest_step(folder) == 9
+        assert len(list(folder.glob("step-*.pt"))) == 2
+    assert newest_step(folder) == step
+    assert len(found) >= 3
+    assert found == sorted(found)
+    assert set(found) <= {last, step}
+
+
+def kill_before_change(patches: pytest.MonkeyPatch, allowed: int) -> None:
+    """So many files are renamed or deleted; at the next one the process is dead, and does nothing more."""
+    done = 0
+
+    def counted(change: Callable) -> Callable:
+        def act(*args: object, **options: object) -> object:
+            nonlocal done
+            if done == allowed:
+                raise Killed
+            done += 1
+            return change(*args, **options)
+
+        return act
+
+    patches.setattr(os, "replace", counted(os.replace))
+    patches.setattr(Path, "unlink", counted(Path.unlink))
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "delete", "empty"])
 def test_a_spoilt_file_is_set_aside_and_the_one_before_taken(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, 1)
