@@ -15,10 +15,12 @@ import pytest
 import torch
 import yaml
 
+from horoyolo.compression.build import COMPRESSORS
 from horoyolo.data.synthetic import write_synthetic
 
 TIMEOUT_S = 300
 LOSSES = ("box_loss", "obj_loss", "cls_loss", "loss")
+SYNCHRONISED = ["--sync-bn", "--epochs", 12, "--set", "evaluate_every=12"]  # 36 steps
 # Times differ from run to run; nothing else may.
 STABLE = ("step", "epoch", "update", "images", "batch_crc", *LOSSES, "lr", "workers")
 
@@ -61,16 +63,15 @@ def sizes(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run with 1, 2 and 4 workers, and with 2 once more: a folder each. YOLOv5's own rates, at which a fresh detector is chaotic."""
     project = tmp_path_factory.mktemp("sizes")
     for name, num_workers in {"1": 1, "2": 2, "4": 4, "2 again": 2}.items():
-        words = ["--sync-bn", "--epochs", 10, "--set", "evaluate_every=10"]
-        run(command(dataset, project, name, num_workers, *words), num_threads=2 if name == "1" else 1)
+        run(command(dataset, project, name, num_workers, *SYNCHRONISED), num_threads=2 if name == "1" else 1)
     return project
 
 
 @pytest.mark.parametrize("num_workers", ["2", "4"])
 def test_the_same_run_at_any_size(sizes: Path, num_workers: str) -> None:
     alone, together = steps(sizes, "1"), steps(sizes, num_workers)
-    assert len(alone) == len(together) == 30
-    assert [row["images"] for row in alone] == ["16", "16", "3"] * 10
+    assert len(alone) == len(together) == 36
+    assert [row["images"] for row in alone] == ["16", "16", "3"] * 12
     assert {row["workers"] for row in together} == {num_workers}
     for column in ("step", "epoch", "update", "images", "batch_crc", "lr"):
         assert [row[column] for row in together] == [row[column] for row in alone], column
@@ -169,18 +170,32 @@ def test_a_stopped_run_goes_on_where_it_was(dataset: Path, whole: Path, tmp_path
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize("compression", ["int8", "powersgd"])
-def test_a_stopped_compressed_run_goes_on_with_the_same_bits(dataset: Path, tmp_path: Path, compression: str) -> None:
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_stopped_run_goes_on_alike_with_other_workers(sizes: Path, dataset: Path, tmp_path: Path, num_workers: int) -> None:
+    stop_after(command(dataset, tmp_path, "run", 2, *SYNCHRONISED), tmp_path / "run", num_steps=2)
+    stopped_at = len(steps(tmp_path, "run"))
+    assert stopped_at <= 6, "so that thirty steps are left"
+    run(command(dataset, tmp_path, "run", num_workers, *SYNCHRONISED, "--resume", "auto"))
+    resumed, whole = steps(tmp_path, "run"), steps(sizes, "2")
+    assert [row["workers"] for row in resumed] == ["2"] * stopped_at + [str(num_workers)] * (36 - stopped_at)
+    for mine, theirs in zip(resumed, whole, strict=True):
+        assert (mine["batch_crc"], mine["lr"]) == (theirs["batch_crc"], theirs["lr"])
+        assert [float(mine[column]) for column in LOSSES] == pytest.approx([float(theirs[column]) for column in LOSSES], rel=1e-6), mine["step"]
+
+
+@pytest.mark.parametrize(("stop_at", "compression"), enumerate(COMPRESSORS, start=1))
+def test_a_stopped_compressed_run_goes_on_with_the_same_bits(dataset: Path, tmp_path: Path, stop_at: int, compression: str) -> None:
     """Random numbers, factors and what each worker has not sent yet come back: resumed on as many workers, nothing tells that it was stopped."""
-    sets = [word for setting in ("comms.warmup_updates=1", "evaluate_every=3", "optim.nominal_batch=0") for word in ("--set", setting)]
-    words = ["--epochs", 3, "--compression", compression, *sets]
+    sets = [word for setting in ("comms.warmup_updates=1", "evaluate_every=4", "optim.nominal_batch=0") for word in ("--set", setting)]
+    words = ["--epochs", 4, "--compression", compression, *sets]
     run(command(dataset, tmp_path, "whole", 2, *words))
     argv = command(dataset, tmp_path, "stopped", 2, *words, "--resume", "auto")
-    stop_after(argv, tmp_path / "stopped", num_steps=3)
+    stop_after(argv, tmp_path / "stopped", num_steps=stop_at)
+    assert stop_at <= len(steps(tmp_path, "stopped")) < 12
     checkpoints = {path.name for path in (tmp_path / "stopped" / "checkpoints").glob("*.rank-*.pt")}
     assert {name.partition(".")[2] for name in checkpoints} == {"rank-0-of-2.pt", "rank-1-of-2.pt"}
     run(argv)
-    assert len(steps(tmp_path, "whole")) == 9
+    assert len(steps(tmp_path, "whole")) == 12
     assert stable(steps(tmp_path, "stopped")) == stable(steps(tmp_path, "whole"))
     final = [torch.load(tmp_path / name / "weights" / "last.pt", weights_only=True) for name in ("whole", "stopped")]
     assert all(torch.equal(left, right) for left, right in zip(tensors(final[0]), tensors(final[1]), strict=True))
