@@ -2,13 +2,15 @@
 
     scripts/time_to_score.py --data bccd/data.yaml --out runs/sooner --link 50mbit [--entries auto powersgd] [--set hyp.lr0=0.02 ...]
 
-As root (scripts/setup_lab.sh). Times are from the first step to the end of an evaluation, evaluations included.
+As root (scripts/setup_lab.sh). Times are from the first step to the end of an evaluation, evaluations included. An entry whose scores are in the
+folder is not trained again: the script can be started again with more of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ POLL_S = 0.2
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a data.yaml")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the runs, which must be new")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--link", required=True, help="the rate of both hosts' links, as tc writes it: 50mbit")
     parser.add_argument("--entries", nargs="+", default=["auto"], help="beside none")
     parser.add_argument("--cfg", default="yolov5n")
@@ -37,7 +39,7 @@ def main() -> int:
     parser.add_argument("--every", default="5", help="epochs between evaluations")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train")
     parsed = parser.parse_args()
-    parsed.out.mkdir(parents=True)
+    parsed.out.mkdir(parents=True, exist_ok=True)
 
     words = ["train", "--data", str(Path(parsed.data).absolute()), "--cfg", parsed.cfg, "--img", parsed.img, "--batch", parsed.batch]
     words += ["--epochs", parsed.epochs, "--seed", parsed.seed, "--project", str(parsed.out.absolute())]
@@ -47,7 +49,12 @@ def main() -> int:
         for host in HOSTS:
             lab.shape(host, parsed.link)
         for entry in ["none", *parsed.entries]:
-            scores[entry] = timed_scores(lab, [*words, "--compression", entry, "--name", entry], parsed.out.absolute() / entry)
+            run, done = parsed.out.absolute() / entry, parsed.out / f"{entry}.json"
+            if not done.exists():
+                if run.exists():
+                    raise SystemExit(f"{run} is of a training that did not end: remove it")
+                done.write_text(json.dumps(timed_scores(lab, [*words, "--compression", entry, "--name", entry], run)))
+            scores[entry] = json.loads(done.read_text())
     wanted = scores["none"][-1][1]
     plain_s = reached_s(scores["none"], wanted)
     assert plain_s is not None
