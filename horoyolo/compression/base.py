@@ -14,7 +14,7 @@ state over every entry of the table:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -149,20 +149,6 @@ class Lossy(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what ``state_dict`` gave."""
         self.update = state["update"]
-
-
-def spans(bucket: Bucket, wanted: Callable[[Tensor], bool]) -> list[slice]:
-    """Where in ``bucket.flat`` the gradients lie that are ``wanted``, neighbours in one."""
-    found: list[slice] = []
-    start = 0
-    for grad in bucket.grads:
-        stop = start + grad.numel()
-        if wanted(grad):
-            if found and found[-1].stop == start:
-                start = found.pop().start
-            found.append(slice(start, stop))
-        start = stop
-    return found
 
 
 def ring_bytes(num_bytes: int, size: int) -> int:

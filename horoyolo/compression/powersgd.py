@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from horoyolo.compression.base import Bucket, Comm, Lossy, Pending, ring_bytes, spans
+from horoyolo.compression.base import Bucket, Comm, Lossy, Pending, ring_bytes
 
 Side = Literal["outputs", "inputs"]
 
@@ -184,20 +184,21 @@ def _sides(update: int) -> tuple[Side, Side]:
 
 def _split(bucket: Bucket, rank: int) -> tuple[list[_Matrix], list[slice]]:
     """The matrices of a bucket, and the spans of all else, neighbours in one."""
-
-    def is_matrix(grad: Tensor) -> bool:
-        inputs = grad.shape[1:].numel()
-        # The outputs must be outermost in memory, as they are in all of PyTorch's memory formats, for the rest to be one dimension.
-        return grad.ndim > 1 and min(len(grad), inputs) >= MIN_SAVING * rank and grad.stride(0) == inputs
-
     matrices: list[_Matrix] = []
+    dense: list[slice] = []
     start = 0
     for (name, _), grad in zip(bucket.params, bucket.grads, strict=True):
+        inputs = grad.shape[1:].numel()
         span = slice(start, start + grad.numel())
         start = span.stop
-        if is_matrix(grad):
+        # The outputs must be outermost in memory, as they are in all of PyTorch's memory formats, for the rest to be one dimension.
+        if grad.ndim > 1 and min(len(grad), inputs) >= MIN_SAVING * rank and grad.stride(0) == inputs:
             matrices.append(_Matrix(name, span, grad.shape, tuple(sorted(range(1, grad.ndim), key=grad.stride, reverse=True))))
-    return matrices, spans(bucket, lambda grad: not is_matrix(grad))
+        elif dense and dense[-1].stop == span.start:
+            dense[-1] = slice(dense[-1].start, span.stop)
+        else:
+            dense.append(span)
+    return matrices, dense
 
 
 def _parts(payload: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

@@ -3,8 +3,9 @@
 Deep Gradient Compression (Lin et al. 2018) sends the largest values of each worker, found with a threshold that is estimated from a sample,
 and ramps their share down at the start. Its allgather grows with the number of workers; as in Ok-Topk (Li & Hoefler 2022) each part of a
 bucket has an owner here, who gets what the others select of it, sums, and sends the largest of the sums to all. A worker sends the share
-(N-1)/N of what it selects, as in the first half of a ring allreduce, and of the sums twice as many: what one worker finds large another may not,
-and with as many sums as values much of what had travelled already would wait, which a training of some hundred updates does not make up for.
+(N-1)/N of what it selects, as in the first half of a ring allreduce, and of the sums ``SUMS`` times as many: what one worker finds large another
+may not, and of its own part the owner has all values to choose from. With as many sums as values, what waits is late by so much that a training
+of some hundred updates does not make up for it.
 
 Of its own part the owner needs no selection before the sum: those values travel nowhere, so all of them take part. What is selected nowhere
 stays with whoever holds it: of his own part the owner keeps the sums that were not sent.
@@ -13,9 +14,6 @@ Who owns what must not decide what is sent: layers differ in scale by orders of 
 most of the large values could lie in one of them, whose owner would have to send (and the others, to him) many times the share of others, or
 leave most of them behind. Ok-Topk moves the boundaries after the values. Here blocks are dealt out in turn, like cards: every part is then a
 fair sample of all layers, equal shares of equal parts are close to the largest of the whole, and there is nothing to agree on or to keep.
-
-Vectors (scales and shifts of BatchNorm, biases) are less than one value in a hundred and go as they are: their gradients are not among the
-largest, so that they would wait a hundred updates for their turn, while every activation of a channel hangs on one of them.
 
 One threshold serves all layers of a bucket. With one for each, in units of the layer's root mean square, large gradients wait for small ones, and
 what comes late is too much at once: a training of BCCD ended 0.1 of AP50 lower.
@@ -30,20 +28,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from horoyolo.compression.base import Bucket, Comm, Lossy, Pending, gather_bytes, ring_bytes, spans
+from horoyolo.compression.base import Bucket, Comm, Lossy, Pending, gather_bytes
 from horoyolo.compression.sparse import decode, encode, upper_half
 
 FIRST_RATIO = 0.25  # where the ramp starts, as in Deep Gradient Compression
 BLOCK = 256  # values in a row that have one owner, a power of two: most layers are much longer
 MOST = 1.25  # times the share asked for that is sent at most: the threshold is an estimate
 SAMPLED_ABOVE = 200  # values of the sample above the threshold: its estimate is then right within 7 % (one standard deviation)
-SUMS = 2  # times the share asked for that is sent of the sums
+SUMS = 4  # times the share asked for that is sent of the sums
 SMALLEST_BITS = 1 << 16  # a smaller magnitude (9e-41) goes to zero on the wire
 CHUNK = 1 << 16  # values looked at together: they stay in a core's cache
 
 
 class TopK(Lossy):
-    """Sends about the ``ratio`` largest of all values, and vectors as they are.
+    """Sends about the ``ratio`` largest of all values, and ``SUMS`` times as many of their sums.
 
     The ratio falls exponentially from a quarter to ``ratio`` over the first ``warmup_updates`` updates: early gradients change fastest.
     """
@@ -68,40 +66,12 @@ class TopK(Lossy):
         """Send each owner the largest of its part; ``residual`` keeps the rest until the sums are known."""
         select = Selection(Parts(bucket.flat.numel(), comm.size()), self.ratio, self.update)
         residual.copy_(bucket.flat)
-        vectors = Vectors.send(bucket, comm)
-        for span in vectors.spans:
-            residual[span] = 0
         threshold = select.threshold(residual[select.sample(len(residual))])
         nothing = torch.empty(0, dtype=torch.int32, device=residual.device)
         messages = [nothing if owner == comm.rank() else select.take(residual, owner, threshold) for owner in range(comm.size())]
         scattered = comm.alltoall_async(torch.cat(messages), [len(message) for message in messages], f"{bucket.name}.scatter")
         bucket.flat.zero_()
-        return _TopKPending(bucket, comm, residual, vectors, select, scattered, 4 * sum(map(len, messages)))
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """The gradients of a bucket that have one dimension, on their way to be summed together."""
-
-    spans: list[slice]
-    own: Tensor
-    handle: Any
-
-    @classmethod
-    def send(cls, bucket: Bucket, comm: Comm) -> Vectors:
-        """Those of this worker leave."""
-        found = spans(bucket, lambda grad: grad.ndim < 2)
-        own = torch.cat([bucket.flat[span] for span in found]) if found else bucket.flat.new_empty(0)
-        return cls(found, own, comm.allreduce_async(own, f"{bucket.name}.vectors") if found else None)
-
-    def receive(self, flat: Tensor, size: int) -> int:
-        """Puts the sums where they belong; gives the bytes that this worker sent."""
-        if not self.spans:
-            return 0
-        parts = self.handle.wait().split([span.stop - span.start for span in self.spans])
-        for span, part in zip(self.spans, parts, strict=True):
-            flat[span] = part
-        return ring_bytes(self.own.numel() * self.own.element_size(), size)
+        return _TopKPending(bucket, comm, residual, select, scattered, 4 * sum(map(len, messages)))
 
 
 @dataclass
@@ -109,7 +79,6 @@ class _TopKPending:
     bucket: Bucket
     comm: Comm
     residual: Tensor
-    vectors: Vectors
     select: Selection
     scattered: Any
     scattered_bytes: int
@@ -132,8 +101,7 @@ class _TopKPending:
         for owner, (positions, values, num_words) in enumerate(decode(self.gathered.wait())):
             self.bucket.flat[self.select.parts.index(owner, positions)] = values
             part_bytes.append(4 * num_words)
-        vector_bytes = self.vectors.receive(self.bucket.flat, self.comm.size())
-        return self.scattered_bytes + gather_bytes(part_bytes, self.comm.rank()) + vector_bytes
+        return self.scattered_bytes + gather_bytes(part_bytes, self.comm.rank())
 
 
 @dataclass(frozen=True)

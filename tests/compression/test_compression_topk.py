@@ -34,7 +34,7 @@ def sum_once(gradients: list[Tensor], ratio: float) -> tuple[list[Tensor], list[
 
     def work(comm: ThreadComm) -> tuple[Tensor, Tensor, int]:
         gradient = gradients[comm.rank()]
-        (bucket,) = buckets_of([(len(gradient), 1)], bucket_mb=1000)
+        (bucket,) = buckets_of([(len(gradient),)], bucket_mb=1000)
         bucket.flat.copy_(gradient)
         residual = torch.full_like(bucket.flat, NAN)
         pending = TopK(ratio, warmup_updates=0).start(bucket, comm, residual)
@@ -120,10 +120,10 @@ def test_the_sample_walks_over_all_channels_and_taps():
 
 
 @pytest.mark.parametrize(("size", "numel"), [(2, YOLOV5S_BUCKET), (4, 975_000)])
-def test_a_hundredth_of_the_values_costs_less_than_a_sixtieth_of_their_bytes(size, numel):
+def test_a_hundredth_of_the_values_costs_less_than_a_fortieth_of_their_bytes(size, numel):
     gradient = layers(numel, seed=0)
     results, _, num_bytes = sum_once([gradient.roll(1000 * rank) for rank in range(size)], 0.01)
-    assert max(num_bytes) * 60 < ring_bytes(4 * numel, size)
+    assert max(num_bytes) * 40 < ring_bytes(4 * numel, size)
     assert 0.8 * SUMS * 0.01 < results[0].count_nonzero() / numel < MOST * SUMS * 0.01
 
 
@@ -164,26 +164,6 @@ def test_what_is_sent_and_what_is_kept_add_up():
     given = sum(gradient.double() for gradient in gradients)
     got = result.double() + sum(residual.double() for residual in residuals)
     assert (given - got).abs().max() <= 1e-6 * given.abs().max()
-
-
-def test_vectors_go_as_they_are():
-    def work(comm: ThreadComm) -> tuple[list[Tensor], Tensor]:
-        (bucket,) = buckets_of([(3,), (50, 40), (5,), (7,)], bucket_mb=1000)
-        for index, grad in enumerate(bucket.grads):
-            grad.fill_(1e-6 if grad.ndim == 1 else 10.0**index)
-        residual = torch.full_like(bucket.flat, NAN)
-        pending = TopK(0.01, warmup_updates=0).start(bucket, comm, residual)
-        pending.proceed()
-        assert pending.finish() == comm.sent_bytes
-        return bucket.grads, residual
-
-    for grads, residual in run_threads(3, work):
-        for grad in grads:
-            if grad.ndim == 1:
-                assert torch.equal(grad, torch.full_like(grad, 3e-6)), "the sum of three"
-            else:
-                assert 0 < grad.count_nonzero() <= 0.03 * grad.numel(), "of a matrix a few"
-        assert residual.count_nonzero() <= 2000, "of vectors nothing is kept"
 
 
 def test_the_share_falls_from_a_quarter_to_what_was_asked_for():
