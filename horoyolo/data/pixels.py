@@ -26,6 +26,7 @@ FORMAT = "horoyolo pixels 1"  # change it with how images are decoded or stored
 MEMORY = Path("/dev/shm")
 FREE_SHARE = 0.1  # of a host's memory or disk that a cache leaves free
 ABANDON_TRIES = 10  # a tenth of a second apart
+RETRY_S = 0.01  # between looks at a file that another process is about to make
 GIGABYTE = 1e9
 
 
@@ -176,18 +177,22 @@ def _held(cache: PixelCache, room: Room) -> bool:
     try:
         if os.fstat(descriptor).st_uid != os.getuid():
             raise NoRoom(f"{cache.file} belongs to somebody else")
-        _flock(descriptor, fcntl.LOCK_SH)
-        if os.fstat(descriptor).st_size != cache.num_bytes:
-            _flock(descriptor, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_size != cache.num_bytes:
-                try:
-                    room.check(cache.num_bytes)
-                    os.ftruncate(descriptor, 0)
-                    os.posix_fallocate(descriptor, 0, cache.num_bytes)  # now, with an error, not at some later write, with a signal
-                except BaseException:
-                    cache.file.unlink(missing_ok=True)
-                    raise
+        while not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            # Who waited for an exclusive lock could wait for ever: whoever made the file holds it from then on.
             _flock(descriptor, fcntl.LOCK_SH)
+            if os.fstat(descriptor).st_size == cache.num_bytes:
+                break
+            _flock(descriptor, fcntl.LOCK_UN)
+            time.sleep(RETRY_S)
+        if os.fstat(descriptor).st_size != cache.num_bytes:
+            try:
+                room.check(cache.num_bytes)
+                os.ftruncate(descriptor, 0)
+                os.posix_fallocate(descriptor, 0, cache.num_bytes)  # now, with an error, not at some later write, with a signal
+            except BaseException:
+                cache.file.unlink(missing_ok=True)
+                raise
+        _flock(descriptor, fcntl.LOCK_SH)
         if not cache.file.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(cache.file)):
             os.close(descriptor)
             return False
@@ -221,9 +226,15 @@ def _remove_unused(file: Path) -> None:
         os.close(descriptor)
 
 
-def _flock(descriptor: int, kind: int) -> None:
-    with contextlib.suppress(OSError):  # some network file systems have no locks
+def _flock(descriptor: int, kind: int) -> bool:
+    """Whether the lock is held; some network file systems have none, where it counts as held."""
+    try:
         fcntl.flock(descriptor, kind)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _checksum(pixels: np.ndarray) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +54,27 @@ def test_images_come_back_as_they_were_and_are_made_once(files: list[Path], room
             assert image is not None
             assert not image.flags.writeable
     assert calls == list(range(len(SHAPES)))
+
+
+def test_who_comes_while_a_file_is_made_goes_on_when_it_is(files: list[Path], room: Room) -> None:
+    """Of two that find it empty one makes it, and holds it from then on: the other may not wait for that to end."""
+    cache = open_cache(room, files, SHAPES, "test")
+    file, num_bytes = cache.file, cache.num_bytes
+    del cache
+    gc.collect()
+    file.unlink(missing_ok=True)
+    maker = os.open(file, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(maker, fcntl.LOCK_SH)
+    opened: list[PixelCache] = []
+    other = threading.Thread(target=lambda: opened.append(open_cache(room, files, SHAPES, "test")), daemon=True)
+    other.start()
+    time.sleep(0.1)
+    assert not opened
+    os.ftruncate(maker, num_bytes)
+    other.join(10)
+    assert opened
+    assert os.path.samestat(os.fstat(maker), opened[0].file.stat())
+    os.close(maker)
 
 
 def test_what_cannot_be_made_is_not_kept(files: list[Path], room: Room) -> None:
