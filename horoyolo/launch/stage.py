@@ -86,7 +86,7 @@ class Stage:
         self._layout = layout
         self._directory = os.path.abspath(os.path.expanduser(directory))
         self._ssh = ssh or Ssh()
-        self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._say = say or _say_to_user
         self._lock = threading.Lock()
         self._ready: set[str] = set()
         self._tried_s: dict[str, float] = {}  # host -> when copying to it was last started in the background
@@ -316,6 +316,11 @@ class Stage:
 
 def _as_stage_error(host: Host, failure: Unreachable) -> StageError:
     return StageError(f"{host.name}: {failure.message}; {failure.remedy}")
+
+
+def _say_to_user(line: str) -> None:
+    sys.stderr.write(line + "\n")  # at once: hosts are served by threads, and print() would let another's line in before the end of this one
+    sys.stderr.flush()
 
 
 def _last(complaint: str) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,6 +87,15 @@ def test_a_copy_lies_under_its_name_when_it_is_whole_and_is_not_made_twice(files
     assert {path: path.stat().st_ino for path in directory.rglob("*")} == before
     assert said == [f"stage: localhost: {directory}/{files.name} is there already"]
     assert len(checked_by_bytes) == 2
+
+
+def test_a_line_for_the_user_is_written_at_once(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that serve other hosts write there too: between a line and its end would be room for theirs."""
+    written: list[str] = []
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    directory = tmp_path / "disk"
+    assert Stage(files, directory).stage_all([HERE]) == []
+    assert written == [f"stage: localhost: {directory}/{files.name} is there and checked\n"]
 
 
 def test_what_an_earlier_attempt_left_is_used_and_not_believed(files: Files, tmp_path: Path) -> None:
