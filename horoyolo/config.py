@@ -103,7 +103,7 @@ class Comms:
     compression: str = "none"
     warmup_updates: int = 10  # sent as they are before onebit or powersgd starts, or auto looks for the quickest; topk reaches its ratio by then
     int8_block: int = 1024  # values with a scale of their own
-    onebit_block: int = 256
+    onebit_block: int = 64
     topk_ratio: float = 0.01  # share of the values that a worker sends
     powersgd_rank: int = 4
     bucket_mb: float = 6.0  # size of a gradient bucket in MB (10^6 bytes): small enough that the first leaves early

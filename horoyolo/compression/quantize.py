@@ -18,6 +18,8 @@ from horoyolo.compression.scatter import piece_values
 SCALE_BYTES = 4
 EXPONENT = 0x7F800000  # the bits of a float32 that are its power of two
 SIGN = -(1 << 31)  # its sign bit
+MANTISSA_BITS = 23
+LARGEST_EXPONENT = 254  # of finite numbers
 SMALLEST = 2.0**-126  # scales stay normal numbers, so that they have an inverse
 BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 LEVELS = 127 / (1 + 2**-20)  # of int8 on either side of zero; a hair less, since rounding must not carry the largest value past 127
@@ -98,32 +100,47 @@ class Int8:
 
 @dataclass(frozen=True)
 class OneBit:
-    """The sign, times the block's mean magnitude (Karimireddy et al. 2019; Seide et al. 2014 sent one bit first)."""
+    """The sign, times the block's mean magnitude (Karimireddy et al. 2019; Seide et al. 2014 sent one bit first), rounded to a power of two.
+
+    A power of two takes one byte, so that blocks can be short: values of a block are all sent as equally large, and where a channel with
+    small gradients shares one with others, its weights get their noise.
+    """
 
     block: int
 
     @property
     def row_bytes(self) -> int:
-        return SCALE_BYTES + _up(-(-self.block // 8))
+        return 1 + -(-self.block // 8)
 
     def columns(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return _scales(rows), rows[..., SCALE_BYTES:]
+        return rows[..., :1], rows[..., 1:]
 
     def encode(self, values: Tensor, lost: Tensor, columns: Sequence[Tensor], draws: random.Random) -> None:
-        means, packed = columns
+        powers, packed = columns
         width = values.shape[1]
         torch.mul(values, 1 / width, out=lost)  # before they are added: the sum may be too large for a float32
-        torch.sum(lost.abs_(), 1, keepdim=True, out=means)
+        exponents = _nearest_power(torch.sum(lost.abs_(), 1, keepdim=True))
+        powers.copy_(exponents)
         signs = torch.bitwise_and(values.view(torch.int32), SIGN, out=lost.view(torch.int32))
         bits = signs.bool() if width % 8 == 0 else torch.nn.functional.pad(signs.bool(), (0, -width % 8))
         packed[:, : bits.shape[1] // 8] = pack(bits)
-        signs |= means.view(torch.int32)  # what they decode to
+        signs |= exponents << MANTISSA_BITS  # what they decode to
         torch.sub(values, lost, out=lost)
 
     def decode(self, columns: Sequence[Tensor], values: Tensor) -> None:
-        means, packed = columns
+        powers, packed = columns
         width = values.shape[1]
-        values.copy_(unpack_signs(packed[:, : -(-width // 8)])[:, :width]).mul_(means)
+        values.copy_(unpack_signs(packed[:, : -(-width // 8)])[:, :width]).mul_((powers.int() << MANTISSA_BITS).view(torch.float32))
+
+
+def _nearest_power(means: Tensor) -> Tensor:
+    """The exponents, as float32 has them in its bits (int32), of powers of two from 2/3 to 4/3 of ``means``, which are not negative.
+
+    Either end removes 8/9 of what the mean itself would of the norm of what waits. Below the smallest normal number it is that of zero, and of
+    what is not finite that of infinity.
+    """
+    bits = means.view(torch.int32) & ~SIGN
+    return torch.maximum((bits + (1 << MANTISSA_BITS - 1) >> MANTISSA_BITS).clamp_(max=LARGEST_EXPONENT), bits >> MANTISSA_BITS)
 
 
 def pack(bits: Tensor) -> Tensor:

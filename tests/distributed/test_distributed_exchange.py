@@ -57,7 +57,12 @@ def build_exchange(model: nn.Module, overlap: bool = True) -> Exchange:
 def test_buckets_hold_each_trainable_parameter_once_in_reverse_order_and_within_their_size(shapes, frozen, bucket_mb):
     params = [(f"p{index}", nn.Parameter(torch.randn(shape), requires_grad=index not in frozen)) for index, shape in enumerate(shapes)]
     buckets = build_buckets(params, bucket_mb)
-    assert [name for bucket in buckets for name, _ in bucket.params] == [name for name, param in reversed(params) if param.requires_grad]
+    wanted = [named for named in reversed(params) if named[1].requires_grad]
+    for bucket in buckets:
+        here, wanted = wanted[: len(bucket.params)], wanted[len(bucket.params) :]
+        weights, vectors = ([name for name, param in here if (param.ndim < 2) == is_vector] for is_vector in (False, True))
+        assert [name for name, _ in bucket.params] == weights + vectors
+    assert not wanted
     assert [bucket.name for bucket in buckets] == [f"bucket.{index}" for index in range(len(buckets))]
     for bucket in buckets:
         assert len(bucket.params) == 1 or bucket.flat.numel() * 4 <= bucket_mb * 1e6
