@@ -24,7 +24,7 @@ Side = Literal["outputs", "inputs"]
 
 HEADROOM = 2.0**16  # factors travel divided by it: a sum along a row can be larger than the row's values by the root of its length
 NOISE = 1e-12  # of a factor's largest value, far below its rounding: it shows only where a factor has no direction of its own
-MIN_SAVING = 4  # smaller savings of a matrix are not worth its error
+MIN_SAVING = 12  # times less of a matrix; smaller savings are not worth its error: with 4 instead, weights of the head lag behind in training
 
 
 class PowerSGD(Lossy):

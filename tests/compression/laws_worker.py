@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {  # arguments of ``buckets_of``
 
 def updates(name: str, case: str, comm: Comm) -> list[list[dict[str, Any]]]:
     """What this worker saw of each bucket in each update. A value that is not finite comes from one worker, in the largest bucket."""
-    comms = Comms(compression=name, warmup_updates=5 if case == "warm-up" else 0, int8_block=64, onebit_block=64, topk_ratio=0.1, powersgd_rank=2)
+    comms = Comms(compression=name, warmup_updates=5 if case == "warm-up" else 0, int8_block=64, onebit_block=64, topk_ratio=0.1, powersgd_rank=1)
     compressor, buckets = build_compressor(comms), buckets_of(**CASES[case])
     largest = max(range(len(buckets)), key=lambda index: buckets[index].flat.numel())
     generator = torch.Generator().manual_seed(comm.rank())
