@@ -17,15 +17,15 @@ from horoyolo.compression.topk import TopK
 from horoyolo.compression.warmup import WarmUp
 from horoyolo.config import Comms, InputError
 
-# In falling order of faithfulness: of two that are as quick, `auto` takes the first.
+# In falling order of faithfulness, of the last three by the losses of a training: of two that are as quick, `auto` takes the first.
 COMPRESSORS: dict[str, Callable[[Comms], Lossy]] = {
     "none": lambda comms: Dense(),
     "fp16": lambda comms: Scatter(Float16()),
     "bf16": lambda comms: Scatter(BFloat16()),
     "int8": lambda comms: Scatter(Int8(comms.int8_block)),
-    "onebit": lambda comms: _late(Scatter(OneBit(comms.onebit_block)), comms),
     "powersgd": lambda comms: _late(PowerSGD(comms.powersgd_rank), comms),
     "topk": lambda comms: TopK(comms.topk_ratio, comms.warmup_updates),
+    "onebit": lambda comms: _late(Scatter(OneBit(comms.onebit_block)), comms),
 }
 AUTO = "auto"
 NAMES = (*COMPRESSORS, AUTO)
