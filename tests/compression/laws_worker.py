@@ -18,16 +18,16 @@ BROKEN = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
 ONE_SENDS, ONE_SENDS_NOTHING = "one sends", "one sends nothing"  # the others, or he, have no images
 UPDATES = ("zero", "tiny", ONE_SENDS, "normal", "nan", "mixed", "inf", ONE_SENDS_NOTHING, "sparse", "equal", "huge", "-inf", "normal")
 CASES: dict[str, dict[str, Any]] = {  # arguments of ``buckets_of``
-    "layers": {"shapes": [(12, 30), (40,), (16, 8, 3, 3)], "channels_last": True, "bucket_mb": 0.004},
+    "layers": {"shapes": [(24, 30), (40,), (24, 8, 3, 3)], "channels_last": True, "bucket_mb": 0.006},
     "one bucket": {"shapes": [(9, 17, 3, 3), (24, 24), (1,), (700,)]},
-    "warm-up": {"shapes": [(12, 30), (16, 8, 3, 3)]},
+    "warm-up": {"shapes": [(24, 30), (24, 8, 3, 3)]},
     "empty and small buckets": {"shapes": [(1100,), (3,), (1100,), (0,)], "bucket_mb": 0.004},
 }
 
 
 def updates(name: str, case: str, comm: Comm) -> list[list[dict[str, Any]]]:
     """What this worker saw of each bucket in each update. A value that is not finite comes from one worker, in the largest bucket."""
-    comms = Comms(compression=name, warmup_updates=5 if case == "warm-up" else 0, int8_block=64, onebit_block=64, topk_ratio=0.1, powersgd_rank=1)
+    comms = Comms(compression=name, warmup_updates=5 if case == "warm-up" else 0, int8_block=64, onebit_block=64, topk_ratio=0.1, powersgd_rank=2)
     compressor, buckets = build_compressor(comms), buckets_of(**CASES[case])
     largest = max(range(len(buckets)), key=lambda index: buckets[index].flat.numel())
     generator = torch.Generator().manual_seed(comm.rank())

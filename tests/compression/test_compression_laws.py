@@ -20,8 +20,8 @@ from horoyolo.distributed.buckets import Bucket
 SHAPES = st.lists(
     st.one_of(
         st.tuples(st.integers(0, 700)),
-        st.tuples(st.integers(1, 24), st.integers(1, 24)),
-        st.tuples(st.integers(1, 24), st.integers(1, 24), st.sampled_from([1, 3]), st.sampled_from([1, 3])),
+        st.tuples(st.integers(1, 48), st.integers(1, 48)),
+        st.tuples(st.integers(1, 48), st.integers(1, 24), st.sampled_from([1, 3]), st.sampled_from([1, 3])),
     ),
     min_size=1,
     max_size=5,
@@ -36,7 +36,7 @@ WORKERS = st.integers(1, MOST_WORKERS)
 
 
 def build(name: str, warmup_updates: int = 1) -> Any:
-    return build_compressor(Comms(compression=name, warmup_updates=warmup_updates, int8_block=64, onebit_block=64, topk_ratio=0.1, powersgd_rank=1))
+    return build_compressor(Comms(compression=name, warmup_updates=warmup_updates, int8_block=64, onebit_block=64, topk_ratio=0.1, powersgd_rank=2))
 
 
 def worker(name: str, shapes: list, channels_last: bool, kinds: list[tuple[str, ...]], seed: int) -> Any:
@@ -57,7 +57,7 @@ def worker(name: str, shapes: list, channels_last: bool, kinds: list[tuple[str, 
 @pytest.mark.parametrize("name", COMPRESSORS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @example(size=2, shapes=[(24, 24), (700,)], channels_last=False, kinds=[*ONE_SENDS_NOTHING, *ONE_SENDS], seed=0)
-@example(size=3, shapes=[(24, 24), (20, 24, 3, 3), (700,)], channels_last=True, kinds=[*ONE_SENDS, *ONE_SENDS_NOTHING], seed=1)
+@example(size=3, shapes=[(24, 24), (24, 20, 3, 3), (700,)], channels_last=True, kinds=[*ONE_SENDS, *ONE_SENDS_NOTHING], seed=1)
 @example(size=4, shapes=[(24, 24), (700,)], channels_last=False, kinds=[*ONE_SENDS_NOTHING, *ONE_SENDS], seed=2)
 @given(size=WORKERS, shapes=SHAPES, channels_last=st.booleans(), kinds=st.lists(KINDS_OF_WORKERS, min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_sums_conserve_agree_and_cost_what_they_say(name, size, shapes, channels_last, kinds, seed):
@@ -185,7 +185,7 @@ def take_auto_updates(compressor: Auto, buckets: list[Bucket], updates: int, com
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_auto_obeys_the_laws_of_all_that_it_tries(every_entry_in_turn, size):
-    shapes = [(24, 24), (8, 9, 3, 3), (70,)]
+    shapes = [(24, 24), (24, 9, 3, 3), (70,)]
     seen = run_threads(size, lambda comm: take_auto_updates(build("auto", 3), buckets_of(shapes, True, bucket_mb=0.002), 60, comm))
     assert {entry for entry, _ in seen[0]} == (set(COMPRESSORS) if size > 1 else {"none"})
     for index, of_workers in enumerate(zip(*seen, strict=True)):

@@ -16,7 +16,7 @@ from horoyolo.compression.policy import LOOK_EVERY, Auto, Choice, Cost, Link, Sw
 from horoyolo.config import Comms
 
 BOTH = (False, True)
-SETTINGS = Comms(compression="auto", warmup_updates=4, int8_block=64, onebit_block=64, topk_ratio=0.1, powersgd_rank=1)
+SETTINGS = Comms(compression="auto", warmup_updates=4, int8_block=64, onebit_block=64, topk_ratio=0.1, powersgd_rank=2)
 
 
 def update(compressor: Auto, comm: ThreadComm, tail_s: float, backward_s: float) -> None:
@@ -286,7 +286,7 @@ def test_measured_costs_are_those_of_a_real_update(name, size):
 @given(size=st.integers(1, 4), entries=st.lists(st.sampled_from(list(COMPRESSORS)), min_size=2, max_size=8), seed=st.integers(0, 99))
 def test_nothing_is_lost_when_the_way_to_sum_changes(size, entries, seed):
     def work(comm: ThreadComm) -> list:
-        steady = Comms(warmup_updates=0, int8_block=64, onebit_block=64, topk_ratio=0.1, powersgd_rank=1)
+        steady = Comms(warmup_updates=0, int8_block=64, onebit_block=64, topk_ratio=0.1, powersgd_rank=2)
         switch = Switch({name: (lambda name=name: COMPRESSORS[name](steady)) for name in COMPRESSORS})
         compressor, buckets = ErrorFeedback(switch), buckets_of([(12, 9, 3, 3), (70,)])
         generator = torch.Generator().manual_seed(10 * seed + comm.rank())
