@@ -56,6 +56,9 @@ class TimedCompressor:
     def overlap(self) -> bool:
         return self._compressor.overlap()
 
+    def settled(self) -> bool:
+        return self._compressor.settled()
+
     def measured(self, tail_s: float, backward_s: float, comm: Any) -> None:
         self._compressor.measured(tail_s, backward_s, comm)
 

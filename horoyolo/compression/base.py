@@ -73,6 +73,10 @@ class Compressor(ABC):
         """Whether buckets should leave while backward runs in the next update."""
 
     @abstractmethod
+    def settled(self) -> bool:
+        """Whether that is how it stays, as far as is known."""
+
+    @abstractmethod
     def measured(self, tail_s: float, backward_s: float, comm: Comm) -> None:
         """What the update just committed cost this worker: from the start of its last backward to its sums, and that backward alone.
 

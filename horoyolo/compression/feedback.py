@@ -59,6 +59,9 @@ class ErrorFeedback(Compressor):
     def overlap(self) -> bool:
         return self._overlap
 
+    def settled(self) -> bool:
+        return True
+
     def measured(self, tail_s: float, backward_s: float, comm: Comm) -> None:
         pass
 

@@ -215,6 +215,9 @@ class Auto(Compressor):
     def overlap(self) -> bool:
         return self._choice.overlap
 
+    def settled(self) -> bool:
+        return len(self._all) == 1 or self._reference_s > 0
+
     def measured(self, tail_s: float, backward_s: float, comm: Comm) -> None:
         if comm.size() == 1 or len(self._all) == 1:
             return

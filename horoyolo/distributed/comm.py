@@ -11,8 +11,10 @@ import pickle
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,6 +24,7 @@ from horoyolo.config import InputError
 
 Op = Literal["sum", "max"]
 REST_S, LONGEST_REST_S = 5e-5, 1e-3  # sleeps between two looks at a collective under way: the first, and when it takes long
+LOWEST_NICE = 19  # Linux gives such a thread a 68th of what others get of a core that they want too
 REDUCIBLE = (torch.float32, torch.float64, torch.float16, torch.int32, torch.int64)
 
 
@@ -96,6 +99,13 @@ class Comm(ABC):
     @abstractmethod
     def group(self, ranks: Sequence[int]) -> Comm:
         """A Comm over some of the workers; all workers call it, in the same order, and only members use the result."""
+
+    @abstractmethod
+    def give_way(self, wanted: bool, for_good: bool) -> None:
+        """Whether what moves bytes in the background is to take only the time that computing leaves; at first it is not.
+
+        A matter of this worker alone. What is not ``for_good`` is left undone where the system would not let this user take it back.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -174,6 +184,9 @@ class LocalComm(Comm):
             raise ValueError(f"a group of ranks {list(ranks)} among one worker: only [0] exists")
         return self
 
+    def give_way(self, wanted: bool, for_good: bool) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -181,13 +194,15 @@ class LocalComm(Comm):
 class HorovodComm(Comm):
     """The workers of an initialised Horovod, or some of them (a process set).
 
-    ``waiting`` gives the context that a wait for other workers runs in; ``is_stuck`` tells when to wait no longer.
+    ``threads`` are those that ``initialise`` started; ``waiting`` gives the context that a wait for other workers runs in; ``is_stuck`` tells
+    when to wait no longer.
     """
 
     def __init__(
         self,
         hvd: Any,
         process_set: Any = None,
+        threads: Set[int] = frozenset(),
         waiting: Callable[[], AbstractContextManager] = nullcontext,
         is_stuck: Callable[[], bool] = lambda: False,
     ):
@@ -195,6 +210,7 @@ class HorovodComm(Comm):
 
         self._hvd = hvd
         self._failure = HorovodInternalError
+        self._threads, self._gives_way = threads, False
         self._waiting, self._is_stuck = waiting, is_stuck
         self._set = process_set or hvd.global_process_set
         self._prefix = f"set{process_set.process_set_id}." if process_set else ""
@@ -239,7 +255,19 @@ class HorovodComm(Comm):
         return self._started(lambda _: _stored(wire, tensor), self._hvd.broadcast_async_, _as_bytes(wire), global_root, name=name)
 
     def group(self, ranks: Sequence[int]) -> Comm:
-        return HorovodComm(self._hvd, self._hvd.add_process_set(list(ranks)), self._waiting, self._is_stuck)
+        return HorovodComm(self._hvd, self._hvd.add_process_set(list(ranks)), self._threads, self._waiting, self._is_stuck)
+
+    def give_way(self, wanted: bool, for_good: bool) -> None:
+        if wanted == self._gives_way or (wanted and not for_good and not self._can_raise):
+            return
+        self._gives_way = wanted
+        _set_nice(self._threads, LOWEST_NICE if wanted else os.getpriority(os.PRIO_PROCESS, 0))
+
+    @cached_property
+    def _can_raise(self) -> bool:
+        """Whether this user may give a thread its priority back. Asked by trying: capabilities, limits and namespaces have a say in it."""
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        return _set_nice(self._threads, nice + 1) and _set_nice(self._threads, nice)
 
     def close(self) -> None:
         self._hvd.shutdown()
@@ -289,12 +317,36 @@ def open_comm(cycle_time_ms: float = 1.0) -> Comm:
         return LocalComm()
     hvd = import_horovod(size)
     os.environ.setdefault("HOROVOD_CYCLE_TIME", str(cycle_time_ms))
-    hvd.init()
+    threads = initialise(hvd)
     if hvd.size() != size:
         seen = hvd.size()
         hvd.shutdown()
         raise InputError(f"the launcher started {size} workers but Horovod sees {seen}: start them by horovodrun, or by Horovod's own MPI")
-    return HorovodComm(hvd)
+    return HorovodComm(hvd, threads=threads)
+
+
+def initialise(hvd: Any) -> set[int]:
+    """Initialises Horovod; gives the system's numbers of the threads it started, none where the system does not tell."""
+    before = _own_threads()
+    hvd.init()
+    return _own_threads() - before
+
+
+def _set_nice(threads: Set[int], nice: int) -> bool:
+    """Sets the priority of those threads that still run; gives whether that was allowed."""
+    for thread in threads & _own_threads():
+        try:
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
+        except ProcessLookupError:
+            continue  # it ended just now
+        except PermissionError:  # without CAP_SYS_NICE users can lower a priority only
+            return False
+    return True
+
+
+def _own_threads() -> set[int]:
+    tasks = Path("/proc/self/task")
+    return {int(task.name) for task in tasks.iterdir()} if tasks.exists() else set()
 
 
 def import_horovod(size: int) -> Any:

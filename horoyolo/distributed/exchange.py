@@ -40,6 +40,9 @@ class Compressor(Protocol):
     def overlap(self) -> bool:
         """Whether buckets should leave while backward runs in the next update."""
 
+    def settled(self) -> bool:
+        """Whether that is how it stays, as far as is known."""
+
     def measured(self, tail_s: float, backward_s: float, comm: Comm) -> None:
         """What the update just committed cost, from the start of its last backward, and that alone; collectives are allowed here."""
 
@@ -125,6 +128,9 @@ class Exchange:
         self._backward = (began, began)
         self._loss_scale = loss_scale
         self._leave_early = self._compressor.overlap()
+        if self._device.type == "cpu":
+            # While nothing is under way Horovod's threads only disturb those that compute: they look for work, and over MPI they poll.
+            self._comm.give_way(not self._leave_early, for_good=self._compressor.settled())
         self._missing = [{name for name, _ in bucket.params} for bucket in self.buckets]
 
     def finish(self) -> ExchangeStats:

@@ -7,7 +7,7 @@ from collections.abc import MutableMapping, Sequence
 
 from torch import Tensor
 
-from horoyolo.distributed.comm import Comm, Handle, HorovodComm, LocalComm, Op, import_horovod
+from horoyolo.distributed.comm import Comm, Handle, HorovodComm, LocalComm, Op, import_horovod, initialise
 from horoyolo.elastic.member import Member, Place
 
 DEFAULT_CYCLE_MS = 1.0  # Horovod's
@@ -52,8 +52,8 @@ class ElasticComm(Comm):
             else:
                 hvd = import_horovod(place.size)
                 set_one_of_two(os.environ, self._cycle_time_ms)
-                hvd.init()
-                self._now = HorovodComm(hvd, waiting=lambda: self._member.phase("wait"), is_stuck=self._member.is_stuck)
+                threads = initialise(hvd)
+                self._now = HorovodComm(hvd, threads=threads, waiting=lambda: self._member.phase("wait"), is_stuck=self._member.is_stuck)
 
     def leave(self) -> None:
         """Ends the generation for this worker. When it returns nothing of it reads or writes this worker's memory any more.
@@ -98,6 +98,9 @@ class ElasticComm(Comm):
 
     def group(self, ranks: Sequence[int]) -> Comm:
         return self._comm.group(ranks)
+
+    def give_way(self, wanted: bool, for_good: bool) -> None:
+        self._comm.give_way(wanted, for_good)
 
     def close(self) -> None:
         self.leave()

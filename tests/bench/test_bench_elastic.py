@@ -80,6 +80,7 @@ def test_workers_are_found_by_their_words_and_without_what_they_forked() -> None
             assert workers(words) == [process.pid]
         finally:
             os.killpg(process.pid, signal.SIGKILL)
+            process.stdout.read()  # to its end: both are gone
     assert workers(words) == []
 
 

@@ -58,6 +58,22 @@ def test_all_workers_settle_on_the_quickest_within_fifty_updates(known_costs, si
     assert "none" not in [choice.entry for choice in seen[0][4:]], "one plain update costs as much as twenty others: predicted, not tried again"
 
 
+@pytest.mark.parametrize(("compressor", "tries"), [(Comms(), False), (Comms(), True), (SETTINGS, True)])
+def test_what_is_being_tried_is_not_settled(known_costs, compressor, tries):
+    def work(comm: ThreadComm) -> list[tuple[bool, Choice]]:
+        auto, seen = build_compressor(compressor, BOTH if tries else (True,)), []
+        for _ in range(60):
+            seen.append((auto.settled(), drive(comm, dict.fromkeys(COMPRESSORS, 1.0) | {"topk": 0.5}, 1, auto)[1][0] if tries else None))
+        return seen
+
+    seen = run_threads(2, work)[0]
+    settled = [is_settled for is_settled, _ in seen]
+    began = settled.index(True)
+    assert settled == [False] * began + [True] * (60 - began)
+    assert (began > 0) == tries
+    assert len({choice for _, choice in seen[began:]}) == 1
+
+
 def test_plain_is_kept_where_nothing_is_quicker(known_costs, monkeypatch):
     monkeypatch.setattr(policy, "probe_link", lambda comm, device: Link(1e-4, 1e12))
     seen = run_threads(2, lambda comm: drive(comm, dict.fromkeys(COMPRESSORS, 0.1) | {"none": 0.101}, 60)[1])

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
+import threading
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from horoyolo.config import InputError
-from horoyolo.distributed.comm import LocalComm, broadcast_tensors, check_own_name, num_workers, open_comm
+from horoyolo.distributed.comm import LOWEST_NICE, HorovodComm, LocalComm, broadcast_tensors, check_own_name, initialise, num_workers, open_comm
 
 
 @pytest.mark.parametrize(
@@ -98,6 +102,68 @@ def test_broadcast_tensors_leaves_values_and_layout_of_the_only_worker_alone():
     broadcast_tensors(tensors, LocalComm())
     assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
     assert tensors[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def horovods_thread():
+    """A HorovodComm of a Horovod that does nothing, in one thread; and that thread's number."""
+    pytest.importorskip("horovod.torch", reason="Horovod is not installed (scripts/setup.sh builds it)")
+    end = threading.Event()
+    threads = []
+
+    def init() -> None:
+        threads.append(threading.Thread(target=end.wait))
+        threads[0].start()
+
+    hvd = SimpleNamespace(init=init, global_process_set=None)
+    started = initialise(hvd)
+    yield HorovodComm(hvd, threads=started), threads[0].native_id
+    end.set()
+    threads[0].join()
+
+
+class Niceness:
+    """The system's calls, for one user: ``may_raise`` as root may."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, may_raise: bool):
+        self.of: dict[int, int] = defaultdict(int)
+        self._may_raise = may_raise
+        monkeypatch.setattr("os.getpriority", lambda which, thread: self.of[thread])
+        monkeypatch.setattr("os.setpriority", self._set)
+
+    def _set(self, which: int, thread: int, nice: int) -> None:
+        if nice < self.of[thread] and not self._may_raise:
+            raise PermissionError(13, "Permission denied")
+        self.of[thread] = nice
+
+
+def test_threads_that_horovod_started_give_way_and_no_longer(monkeypatch, horovods_thread):
+    comm, thread = horovods_thread
+    niceness = Niceness(monkeypatch, may_raise=True)
+    seen = []
+    for wanted, for_good in ((True, False), (True, False), (False, False), (True, True), (False, True)):
+        comm.give_way(wanted, for_good)
+        seen.append(niceness.of[thread])
+    assert seen == [LOWEST_NICE, LOWEST_NICE, 0, LOWEST_NICE, 0]
+    assert niceness.of.keys() <= {0, thread}, "no other thread of this process"
+
+
+def test_threads_whose_priority_cannot_come_back_give_way_for_good_only(monkeypatch, horovods_thread):
+    comm, thread = horovods_thread
+    niceness = Niceness(monkeypatch, may_raise=False)
+    comm.give_way(True, for_good=False)
+    assert niceness.of[thread] < LOWEST_NICE
+    comm.give_way(True, for_good=True)
+    assert niceness.of[thread] == LOWEST_NICE
+    comm.give_way(False, for_good=True)  # refused, and nothing is lost but speed
+    assert niceness.of[thread] == LOWEST_NICE
+
+
+def test_a_thread_that_ended_is_no_obstacle(horovods_thread):
+    comm, thread = horovods_thread
+    comm._threads.add(2**30)
+    comm.give_way(True, for_good=True)
+    assert os.getpriority(os.PRIO_PROCESS, thread) == LOWEST_NICE
 
 
 def test_a_copied_model_keeps_its_comm():

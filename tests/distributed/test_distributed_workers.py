@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from horoyolo.distributed.comm import LOWEST_NICE
+
 PROGRAM = Path(__file__).with_name("worker_program.py")
 spec = importlib.util.spec_from_file_location("worker_program", PROGRAM)
 program = importlib.util.module_from_spec(spec)
@@ -83,6 +85,14 @@ def test_exchange_gives_the_same_bits_on_every_worker_and_every_time(workers, ca
 def test_exchange_overlapped_or_not_gives_the_same_bits(workers):
     first, second = workers[0]["plain"]["sums"][0], workers[0]["after_backward"]["sums"][0]
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_horovods_threads_give_way_where_nothing_leaves_during_backward(workers):
+    for saved in workers:
+        during, after = saved["plain"]["nices"], saved["after_backward"]["nices"]
+        assert set(during["all"]) == {during["own"]}
+        assert LOWEST_NICE in after["all"]
+        assert during["own"] == after["own"] < LOWEST_NICE
 
 
 def test_unused_parameters_get_zeros_and_frozen_ones_nothing(workers):

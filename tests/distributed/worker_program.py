@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ def share(rank: int, size: int) -> slice:
     return slice(start, start + each + (rank < more))
 
 
+def nices() -> dict[str, Any]:
+    """The niceness of this thread, and of every one of the process."""
+    tasks = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+    return {"own": os.getpriority(os.PRIO_PROCESS, 0), "all": sorted(os.getpriority(os.PRIO_PROCESS, task) for task in tasks)}
+
+
 def exchanged_gradients(comm: Comm, channels_last: bool, micro_batches: int, overlap: bool = True) -> dict[str, Any]:
     """Gradients of this worker's share before and after an exchange, over two updates; a worker without images skips backward."""
     model = conv_net(channels_last)
@@ -66,13 +73,14 @@ def exchanged_gradients(comm: Comm, channels_last: bool, micro_batches: int, ove
         for micro in range(micro_batches):
             if micro == micro_batches - 1:
                 exchange.arm()
+                armed = nices()
             if len(images):
                 model(images).square().sum().backward()
         stats = exchange.finish()
         sums.append({name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None})
     zeros = {name: torch.zeros_like(param) for name, param in model.named_parameters() if param.requires_grad}
     own = {name: param.grad for name, param in reference.named_parameters() if param.grad is not None and len(images)}
-    return {"own": {**zeros, **own}, "sums": sums, "wire_bytes": stats.wire_bytes, "num_buckets": len(exchange.buckets)}
+    return {"own": {**zeros, **own}, "sums": sums, "wire_bytes": stats.wire_bytes, "num_buckets": len(exchange.buckets), "nices": armed}
 
 
 def synchronised_bn(comm: Comm, channels_last: bool, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
