@@ -13,6 +13,7 @@ from horoyolo.compression.policy import Auto
 from horoyolo.compression.powersgd import PowerSGD
 from horoyolo.compression.quantize import BFloat16, Float16, Int8, OneBit
 from horoyolo.compression.scatter import Scatter
+from horoyolo.compression.small import SmallApart
 from horoyolo.compression.topk import TopK
 from horoyolo.compression.warmup import WarmUp
 from horoyolo.config import Comms, InputError
@@ -22,10 +23,10 @@ COMPRESSORS: dict[str, Callable[[Comms], Lossy]] = {
     "none": lambda comms: Dense(),
     "fp16": lambda comms: Scatter(Float16()),
     "bf16": lambda comms: Scatter(BFloat16()),
-    "int8": lambda comms: Scatter(Int8(comms.int8_block)),
+    "int8": lambda comms: _int8(comms),
     "powersgd": lambda comms: _late(PowerSGD(comms.powersgd_rank), comms),
-    "topk": lambda comms: TopK(comms.topk_ratio, comms.warmup_updates),
-    "onebit": lambda comms: _late(Scatter(OneBit(comms.onebit_block)), comms),
+    "topk": lambda comms: SmallApart(_int8(comms), TopK(comms.topk_ratio, comms.warmup_updates)),
+    "onebit": lambda comms: _late(SmallApart(_int8(comms), Scatter(OneBit(comms.onebit_block))), comms),
 }
 AUTO = "auto"
 NAMES = (*COMPRESSORS, AUTO)
@@ -46,6 +47,10 @@ def build_compressor(comms: Comms, overlaps: tuple[bool, ...] = (True,)) -> Comp
     if len(overlaps) > 1:
         return Auto({name: partial(COMPRESSORS[name], comms)}, overlaps)
     return ErrorFeedback(COMPRESSORS[name](comms), overlaps[0])
+
+
+def _int8(comms: Comms) -> Lossy:
+    return Scatter(Int8(comms.int8_block))
 
 
 def _late(lossy: Lossy, comms: Comms) -> Lossy:

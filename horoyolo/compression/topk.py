@@ -8,7 +8,8 @@ may not, and of its own part the owner has all values to choose from. With as ma
 of some hundred updates does not make up for it.
 
 Of its own part the owner needs no selection before the sum: those values travel nowhere, so all of them take part. What is selected nowhere
-stays with whoever holds it: of his own part the owner keeps the sums that were not sent.
+stays with whoever holds it: of his own part the owner keeps the sums that were not sent. Parts change hands with every update, so that each
+worker's values take part without selection in turn: a ninth less is left waiting than if owners stayed, for no more bytes.
 
 Who owns what must not decide what is sent: layers differ in scale by orders of magnitude, and with one stretch of the bucket for each owner
 most of the large values could lie in one of them, whose owner would have to send (and the others, to him) many times the share of others, or
@@ -64,7 +65,7 @@ class TopK(Lossy):
 
     def start(self, bucket: Bucket, comm: Comm, residual: Tensor) -> Pending:
         """Send each owner the largest of its part; ``residual`` keeps the rest until the sums are known."""
-        select = Selection(Parts(bucket.flat.numel(), comm.size()), self.ratio, self.update)
+        select = Selection(Parts(bucket.flat.numel(), comm.size(), self.update), self.ratio)
         residual.copy_(bucket.flat)
         threshold = select.threshold(residual[select.sample(len(residual))])
         nothing = torch.empty(0, dtype=torch.int32, device=residual.device)
@@ -106,10 +107,11 @@ class _TopKPending:
 
 @dataclass(frozen=True)
 class Parts:
-    """Who owns which of ``numel`` values: blocks are dealt to ``size`` owners in turn."""
+    """Who owns which of ``numel`` values: blocks are dealt to ``size`` owners in turn, of whom another is first in every ``update``."""
 
     numel: int
     size: int
+    update: int
 
     @property
     def rounds(self) -> int:
@@ -118,7 +120,7 @@ class Parts:
 
     def tail(self, owner: int) -> slice:
         """Where the last, shorter block of an owner is; it may be empty."""
-        start = min((self.rounds * self.size + owner) * BLOCK, self.numel)
+        start = min((self.rounds * self.size + self._place(owner)) * BLOCK, self.numel)
         return slice(start, min(start + BLOCK, self.numel))
 
     def length(self, owner: int) -> int:
@@ -128,12 +130,16 @@ class Parts:
 
     def whole(self, flat: Tensor, owner: int) -> Tensor:
         """The whole blocks (rounds, BLOCK) of an owner, a view of ``flat`` (numel,)."""
-        return flat[: self.rounds * self.size * BLOCK].view(self.rounds, self.size, BLOCK)[:, owner]
+        return flat[: self.rounds * self.size * BLOCK].view(self.rounds, self.size, BLOCK)[:, self._place(owner)]
 
     def index(self, owner: int, positions: Tensor) -> Tensor:
         """Where in the bucket the values at ``positions`` (n,) of an owner's part are."""
         before = (positions & -BLOCK) * (self.size - 1)  # blocks of others in earlier rounds
-        return positions + before + owner * BLOCK
+        return positions + before + self._place(owner) * BLOCK
+
+    def _place(self, owner: int) -> int:
+        """Where in a round the owner's block is."""
+        return (owner + self.update) % self.size
 
 
 @dataclass(frozen=True)
@@ -145,13 +151,12 @@ class Selection:
 
     parts: Parts
     ratio: float
-    phase: int  # moves the sample
 
     def sample(self, length: int) -> slice:
         """Which of ``length`` values to look at to know a threshold: every so many-th, all where they are few."""
         # Prime to 2 and 3, of which the shapes of convolutions are made: else only some channels or taps of a kernel would be seen.
         stride = 6 * int(length * self.ratio / SAMPLED_ABOVE / 6) + 1
-        return slice(self.phase % stride, length, stride)
+        return slice(self.parts.update % stride, length, stride)  # others in every update
 
     def threshold(self, sampled: Tensor) -> Tensor:
         """The magnitude, as bits (), that the share ``ratio`` of ``sampled`` (n,) reaches."""

@@ -25,8 +25,7 @@ def build_buckets(named_parameters: Iterable[tuple[str, nn.Parameter]], bucket_m
     They are filled in reverse order of registration, which is about the order in which backward produces gradients (Li et al. 2020, PyTorch
     Distributed, section 3.2.3), and depend on the list of parameters alone, so that the same run sums in the same order every time.
 
-    In a bucket vectors (scales and shifts of BatchNorm, biases) come last: the sizes of weights are multiples of powers of two, so that blocks of
-    values that a compressor takes together begin where rows of a weight do, and don't mix channels more than they must.
+    In a bucket they lie in rising order of size, so that small ones are in one piece, which a compressor may treat otherwise.
     """
     groups: list[list[tuple[str, nn.Parameter]]] = []
     room = 0
@@ -38,7 +37,7 @@ def build_buckets(named_parameters: Iterable[tuple[str, nn.Parameter]], bucket_m
             room = int(bucket_mb * 1e6) // 4
         groups[-1].append((name, param))
         room -= param.numel()
-    return [_build_bucket(f"bucket.{index}", sorted(group, key=lambda named: named[1].ndim < 2)) for index, group in enumerate(groups)]
+    return [_build_bucket(f"bucket.{index}", sorted(group, key=lambda named: named[1].numel())) for index, group in enumerate(groups)]
 
 
 def _build_bucket(name: str, params: list[tuple[str, nn.Parameter]]) -> Bucket:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from horoyolo.compression.base import Compressor
 from horoyolo.distributed.buckets import Bucket, build_buckets
 
+SMALL = 300  # values of a small parameter in these tests, of which real ones have thousands
 KINDS = ("normal", "zero", "tiny", "huge", "sparse", "mixed", "equal")
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from laws import buckets_of, take_update, values
+from laws import SMALL, buckets_of, take_update, values
 
+from horoyolo.compression import small
 from horoyolo.compression.build import NAMES, build_compressor
 from horoyolo.config import Comms
 from horoyolo.distributed.comm import Comm, open_comm
@@ -52,6 +53,7 @@ def kind_of(update: str, is_the_one: bool) -> str:
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
+    small.SMALL = SMALL
     comm = open_comm()
     seen = {name: {case: updates(name, case, comm) for case in CASES} for name in NAMES}
     torch.save(seen, out / f"rank{comm.rank()}.pt")

@@ -49,20 +49,23 @@ def sum_once(gradients: list[Tensor], ratio: float) -> tuple[list[Tensor], list[
 
 def selected(values: Tensor, ratio: float, phase: int = 0) -> Tensor:
     """Positions that are selected of a part that is a whole bucket."""
-    select = Selection(Parts(len(values), 1), ratio, phase)
+    select = Selection(Parts(len(values), 1, phase), ratio)
     return select.largest(values, 0, select.threshold(values[select.sample(len(values))]))
 
 
 @SETTINGS
-@given(numel=st.one_of(st.integers(0, 20), st.integers(0, 6 * BLOCK)), size=st.integers(1, 5))
-def test_every_value_has_one_owner_and_views_agree_with_indices(numel, size):
-    parts, flat = Parts(numel, size), torch.arange(numel)
-    seen = []
-    for owner in range(size):
-        index = parts.index(owner, torch.arange(parts.length(owner)))
-        assert torch.equal(torch.cat([parts.whole(flat, owner).reshape(-1), flat[parts.tail(owner)]]), index)
-        seen.append(index)
-    assert torch.equal(torch.cat(seen).sort().values, flat)
+@given(numel=st.one_of(st.integers(0, 20), st.integers(0, 6 * BLOCK)), size=st.integers(1, 5), update=st.integers(0, 99))
+def test_every_value_has_one_owner_at_a_time_and_each_in_turn_and_views_agree_with_indices(numel, size, update):
+    flat, owners = torch.arange(numel), []
+    for parts in (Parts(numel, size, update + turn) for turn in range(size)):
+        owned_by = torch.full((numel,), -1)
+        for owner in range(size):
+            index = parts.index(owner, torch.arange(parts.length(owner)))
+            assert torch.equal(torch.cat([parts.whole(flat, owner).reshape(-1), flat[parts.tail(owner)]]), index)
+            assert (owned_by[index] == -1).all()
+            owned_by[index] = owner
+        owners.append(owned_by)
+    assert all(set(of_value) == set(range(size)) for of_value in torch.stack(owners, 1).tolist())
 
 
 @pytest.mark.parametrize("phase", [0, 1, 12345])
@@ -115,7 +118,7 @@ def test_what_is_not_finite_travels_however_many_large_values_there_are(bad, siz
 def test_the_sample_walks_over_all_channels_and_taps():
     for length in (10**5, 10**6, YOLOV5S_BUCKET):
         for ratio in (0.25, 0.01, 0.001):
-            stride = Selection(Parts(length, 1), ratio, 0).sample(length).step
+            stride = Selection(Parts(length, 1, 0), ratio).sample(length).step
             assert math.gcd(stride, 6) == 1
 
 
