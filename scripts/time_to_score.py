@@ -1,9 +1,10 @@
 """How much sooner does a compressed training reach the score that a plain one ends with, on a slow link? Two hosts of a lab, a worker on each.
 
-    scripts/time_to_score.py --data bccd/data.yaml --out runs/sooner --link 50mbit [--entries auto powersgd] [--set hyp.lr0=0.02 ...]
+    scripts/time_to_score.py --data bccd/data.yaml --out runs/sooner --link 50mbit [--entries auto powersgd] [--seeds 0 1 2] [--set hyp.lr0=0.02 ...]
 
-As root (scripts/setup_lab.sh). Times are from the first step to the end of an evaluation, evaluations included. An entry whose scores are in the
-folder is not trained again: the script can be started again with more of them.
+As root (scripts/setup_lab.sh). Times are from the first step to the end of an evaluation, evaluations included. Scores of one training differ from
+another's by chance as much as entries do: times and scores are means over seeds, evaluation by evaluation. A training whose scores are in the folder
+is not repeated: the script can be started again with more entries or seeds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "lab")]
@@ -35,26 +37,23 @@ def main() -> int:
     parser.add_argument("--img", default="320")
     parser.add_argument("--batch", default="16")
     parser.add_argument("--epochs", default="60")
-    parser.add_argument("--seed", default="0")
-    parser.add_argument("--every", default="5", help="epochs between evaluations")
+    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
+    parser.add_argument("--every", default="1", help="epochs between evaluations")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train")
     parsed = parser.parse_args()
     parsed.out.mkdir(parents=True, exist_ok=True)
 
     words = ["train", "--data", str(Path(parsed.data).absolute()), "--cfg", parsed.cfg, "--img", parsed.img, "--batch", parsed.batch]
-    words += ["--epochs", parsed.epochs, "--seed", parsed.seed, "--project", str(parsed.out.absolute())]
+    words += ["--epochs", parsed.epochs, "--project", str(parsed.out.absolute())]
     words += [word for setting in [*parsed.set, f"evaluate_every={parsed.every}"] for word in ("--set", setting)]
-    scores = {}
+    entries = ["none", *parsed.entries]
     with Lab.up(2) as lab:
         for host in HOSTS:
             lab.shape(host, parsed.link)
-        for entry in ["none", *parsed.entries]:
-            run, done = parsed.out.absolute() / entry, parsed.out / f"{entry}.json"
-            if not done.exists():
-                if run.exists():
-                    raise SystemExit(f"{run} is of a training that did not end: remove it")
-                done.write_text(json.dumps(timed_scores(lab, [*words, "--compression", entry, "--name", entry], run)))
-            scores[entry] = json.loads(done.read_text())
+        for seed in parsed.seeds:
+            for entry in entries:
+                train(lab, [*words, "--compression", entry, "--seed", seed], parsed.out / f"{entry}-seed{seed}")
+    scores = {entry: mean_scores([read_scores(parsed.out / f"{entry}-seed{seed}") for seed in parsed.seeds]) for entry in entries}
     wanted = scores["none"][-1][1]
     plain_s = reached_s(scores["none"], wanted)
     assert plain_s is not None
@@ -64,6 +63,28 @@ def main() -> int:
         told = "never" if took_s is None else f"after {took_s:.0f} s, {plain_s / took_s:.2f} times as soon as none"
         print(f"{entry:10} {told}; ends with {of_entry[-1][1]:.4f} after {of_entry[-1][0]:.0f} s")
     return 0
+
+
+def train(lab: Lab, words: list[str], run: Path) -> None:
+    """Trains and keeps the timed scores, unless they are there."""
+    if scores_file(run).exists():
+        return
+    if run.exists():
+        raise SystemExit(f"{run} is of a training that did not end: remove it")
+    scores_file(run).write_text(json.dumps(timed_scores(lab, [*words, "--name", run.name], run)))
+
+
+def scores_file(run: Path) -> Path:
+    return run.with_name(f"{run.name}.json")
+
+
+def read_scores(run: Path) -> list[tuple[float, float]]:
+    return json.loads(scores_file(run).read_text())
+
+
+def mean_scores(of_seeds: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The mean time and the mean score of each evaluation."""
+    return [(mean(seconds for seconds, _ in each), mean(score for _, score in each)) for each in zip(*of_seeds, strict=True)]
 
 
 def timed_scores(lab: Lab, words: list[str], run: Path) -> list[tuple[float, float]]:

@@ -35,7 +35,8 @@ def test_a_run_that_lost_everybody_goes_on_from_its_newest_checkpoint(tmp_path: 
     run, log = tmp_path / "run", tmp_path / "log.txt"
     with log.open("w") as stream:
         command = [sys.executable, "-m", "horoyolo", "launch", "--min-np", "1", "--max-np", "1", "--", *words]
-        launcher = subprocess.Popen(command, stdout=stream, stderr=stream)
+        # One thread: where others take the cores, several wait for each other for longer than a step may take.
+        launcher = subprocess.Popen(command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         manifest = run / "checkpoints" / "manifest.json"
         wait_until(lambda: manifest.exists() and len(json.loads(manifest.read_text())) > 1, 60, "no checkpoint")
@@ -50,6 +51,7 @@ def test_a_run_that_lost_everybody_goes_on_from_its_newest_checkpoint(tmp_path: 
     finally:
         launcher.kill()
         launcher.wait()
+        print(log.read_text())  # shown when something did not happen
     assert step >= 8
     assert step % 4 == 0
     assert not list(tmp_path.glob("run?"))
