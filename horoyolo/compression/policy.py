@@ -99,6 +99,7 @@ class Trials:
     def __init__(self, choices: Sequence[Choice], rounds: int = ROUNDS, known: Mapping[Choice, list[float]] | None = None):
         self._known = known or {}
         self.times_s: dict[Choice, list[float]] = {choice: list(self._known.get(choice, ())) for choice in choices}
+        self.dropped_s: dict[Choice, list[float]] = {}  # trials of those that fell behind
         self._rounds = rounds
 
     def next(self) -> Choice | None:
@@ -112,7 +113,8 @@ class Trials:
         tried = {len(times) for times in self.times_s.values()}
         if len(tried) == 1 and tried.pop() >= 2:
             leader_s = min(statistics.median(times) for times in self.times_s.values())
-            self.times_s = {choice: times for choice, times in self.times_s.items() if min(times) <= self._margin(choice) * leader_s}
+            behind = [choice for choice, times in self.times_s.items() if min(times) > self._margin(choice) * leader_s]
+            self.dropped_s |= {choice: self.times_s.pop(choice) for choice in behind}
 
     def _margin(self, choice: Choice) -> float:
         return WORTH_TRYING if self.times_s[choice] == self._known.get(choice) else AS_QUICK
@@ -277,7 +279,7 @@ class Auto(Compressor):
         self._reference_s = statistics.median(trials.times_s[self._choice])
         self._look_every = min(2 * self._look_every, LOOK_AT_LEAST_EVERY) if self._choice == self._settled else LOOK_EVERY
         self._settled = self._choice
-        tried = {**self._plain_tails_s, **trials.times_s}
+        tried = {**self._plain_tails_s, **trials.dropped_s, **trials.times_s}
         described = ", ".join(f"{choice} {statistics.median(times) * 1e3:.0f} ms" for choice, times in tried.items() if times)
         log.info("compression: from now on %s; backward to sums took: %s", self._choice, described)
 

@@ -99,7 +99,8 @@ def test_what_is_known_of_plain_rules_it_out_only_where_it_is_far_behind():
         assert (plain in trials.times_s) == remains
     trials.record(plain, 1.3)
     trials.record(other, 1.0)
-    assert list(trials.times_s) == [other]
+    assert trials.times_s == {other: [1.0, 1.0, 1.0]}
+    assert trials.dropped_s == {plain: [1.4, 1.4, 1.3]}
 
 
 @pytest.mark.parametrize("overlaps", [BOTH, (True,)])
