@@ -1,22 +1,27 @@
 """How much sooner does a compressed training reach the score that a plain one ends with, on a slow link? Two hosts of a lab, a worker on each.
 
-    scripts/time_to_score.py --data bccd/data.yaml --out runs/sooner --link 50mbit [--entries auto powersgd] [--seeds 0 1 2] [--set hyp.lr0=0.02 ...]
+    scripts/time_to_score.py --data bccd/data.yaml --out runs/accuracy [--entries auto powersgd] [--seeds 0 1 2] [--set hyp.lr0=0.02 ...]
 
-As root (scripts/setup_lab.sh). Times are from the first step to the end of an evaluation, evaluations included. Scores of one training differ from
-another's by chance as much as entries do: times and scores are means over seeds, evaluation by evaluation. A training whose scores are in the folder
-is not repeated: the script can be started again with more entries or seeds.
+As root (scripts/setup_lab.sh). On the link a plain exchange takes ``--link-ratio`` times as long as a step computes. Plain sums have the same bits on
+any link: plain trainings run on this machine, and the first epochs of one on the slow link too, which tells how long epochs take there, and where
+losses must be the same. The others run on the slow link from start to end. Times are from the start to the end of an evaluation.
+
+Scores of one training differ from another's by chance as much as entries do: times and scores are means over seeds, evaluation by evaluation.
+A training that is finished is not repeated: the script can be started again with more entries or seeds.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from itertools import accumulate
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
+
+from bench_accuracy import train, train_words, training_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "lab")]
@@ -25,95 +30,127 @@ from netlab import Lab  # noqa: E402
 
 HOSTS = ["node1", "node2"]
 POLL_S = 0.2
+STOPPED = 75  # exit status: on request, with a checkpoint
+
+Rows = list[dict[str, str]]
+Scores = list[tuple[float, float]]  # (seconds since the start, AP50) of each evaluation
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a data.yaml")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
-    parser.add_argument("--link", required=True, help="the rate of both hosts' links, as tc writes it: 50mbit")
+    parser = training_flags(__doc__)
     parser.add_argument("--entries", nargs="+", default=["auto"], help="beside none")
-    parser.add_argument("--cfg", default="yolov5n")
-    parser.add_argument("--img", default="320")
-    parser.add_argument("--batch", default="16")
-    parser.add_argument("--epochs", default="60")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
-    parser.add_argument("--every", default="1", help="epochs between evaluations")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train")
+    parser.add_argument("--link-ratio", type=float, default=4)
+    parser.add_argument("--slow-epochs", type=int, default=5, help="of the plain training on the slow link")
+    parser.add_argument("--every", default="2", help="epochs between evaluations")
     parsed = parser.parse_args()
-    parsed.out.mkdir(parents=True, exist_ok=True)
 
-    words = ["train", "--data", str(Path(parsed.data).absolute()), "--cfg", parsed.cfg, "--img", parsed.img, "--batch", parsed.batch]
-    words += ["--epochs", parsed.epochs, "--project", str(parsed.out.absolute())]
-    words += [word for setting in [*parsed.set, f"evaluate_every={parsed.every}"] for word in ("--set", setting)]
-    entries = ["none", *parsed.entries]
-    with Lab.up(2) as lab:
+    plain = [train(parsed, "none", seed, parsed.every, str(len(HOSTS))) for seed in parsed.seeds]
+    rate = slow_rate(rows_of(plain[0] / "steps.csv"), parsed.link_ratio)
+    with Lab.up(len(HOSTS)) as lab:
         for host in HOSTS:
-            lab.shape(host, parsed.link)
+            lab.shape(host, rate)
+        begun = parsed.out / "none-slow"
+        begin_training(lab, train_words(parsed, "none", parsed.seeds[0], parsed.every, begun.name), begun, parsed.slow_epochs)
+        check_same_losses(begun, plain[0])
         for seed in parsed.seeds:
-            for entry in entries:
-                train(lab, [*words, "--compression", entry, "--seed", seed], parsed.out / f"{entry}-seed{seed}")
-    scores = {entry: mean_scores([read_scores(parsed.out / f"{entry}-seed{seed}") for seed in parsed.seeds]) for entry in entries}
-    wanted = scores["none"][-1][1]
-    plain_s = reached_s(scores["none"], wanted)
-    assert plain_s is not None
-    print(f"link of {parsed.link}; AP50 {wanted:.4f}, with which none ends")
-    for entry, of_entry in scores.items():
-        took_s = reached_s(of_entry, wanted)
-        told = "never" if took_s is None else f"after {took_s:.0f} s, {plain_s / took_s:.2f} times as soon as none"
-        print(f"{entry:10} {told}; ends with {of_entry[-1][1]:.4f} after {of_entry[-1][0]:.0f} s")
+            for entry in parsed.entries:
+                run = parsed.out / run_name(entry, seed)
+                whole_training(lab, train_words(parsed, entry, seed, parsed.every, run.name), run, int(parsed.epochs))
+
+    of_plain = [as_on_slow_link(rows_of(run / "results.csv"), rows_of(begun / "results.csv")) for run in plain]
+    of_others = {entry: [rows_of(parsed.out / run_name(entry, seed) / "results.csv") for seed in parsed.seeds] for entry in parsed.entries}
+    print_table({entry: mean_scores([timed_scores(epochs) for epochs in runs]) for entry, runs in {"none": of_plain, **of_others}.items()}, rate)
     return 0
 
 
-def train(lab: Lab, words: list[str], run: Path) -> None:
-    """Trains and keeps the timed scores, unless they are there."""
-    if scores_file(run).exists():
+def run_name(entry: str, seed: str) -> str:
+    """Of a training on the slow link."""
+    return f"{entry}-slow-seed{seed}"
+
+
+def slow_rate(steps: Rows, ratio: float) -> str:
+    """The rate, as tc writes it, at which plain sums of a step take ``ratio`` times as long as its forward and backward."""
+    compute_s = median(float(row["forward_s"]) + float(row["backward_s"]) for row in steps)
+    return f"{8 * max(int(row['wire_bytes']) for row in steps) / (ratio * compute_s) / 1e3:.0f}kbit"
+
+
+def begin_training(lab: Lab, words: list[str], run: Path, epochs: int) -> None:
+    """Trains and stops on request after so many epochs, unless that was done before."""
+    if len(rows_of(run / "results.csv")) >= epochs:
         return
+    with launched(lab, words, run) as process:
+        while process.poll() is None and len(rows_of(run / "results.csv")) < epochs:
+            time.sleep(POLL_S)
+        (run / "STOP").touch()
+    ended_with(process, run, STOPPED)
+
+
+def whole_training(lab: Lab, words: list[str], run: Path, epochs: int) -> None:
+    """Trains from start to end, unless that was done before."""
+    if len(rows_of(run / "results.csv")) < epochs:
+        with launched(lab, words, run) as process:
+            process.wait()
+        ended_with(process, run, 0)
+
+
+def launched(lab: Lab, words: list[str], run: Path) -> subprocess.Popen:
     if run.exists():
-        raise SystemExit(f"{run} is of a training that did not end: remove it")
-    scores_file(run).write_text(json.dumps(timed_scores(lab, [*words, "--name", run.name], run)))
+        raise SystemExit(f"{run} is of a training that did not end, whose times are of no use: remove it")
+    print(run.name, file=sys.stderr, flush=True)
+    argv = [sys.executable, "-m", "horoyolo", "launch", "--hosts", ",".join(f"{host}:1" for host in HOSTS), "--", *words]
+    return lab.popen(HOSTS[0], argv, env={"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
 
 
-def scores_file(run: Path) -> Path:
-    return run.with_name(f"{run.name}.json")
+def ended_with(process: subprocess.Popen, run: Path, wanted: int) -> None:
+    if process.returncode != wanted:
+        raise SystemExit(f"{run.name}: the training ended with {process.returncode}; {run / 'logs'} says why")
 
 
-def read_scores(run: Path) -> list[tuple[float, float]]:
-    return json.loads(scores_file(run).read_text())
+def check_same_losses(run: Path, other: Path) -> None:
+    """Whether the steps that both did are the same to the last printed digit."""
+    for row, of_other in zip(rows_of(run / "steps.csv"), rows_of(other / "steps.csv"), strict=False):
+        if any(row[column] != of_other[column] for column in ("step", "batch_crc", "loss")):
+            raise SystemExit(f"{run.name} and {other.name} differ in step {row['step']}: what the one takes says nothing of the other")
 
 
-def mean_scores(of_seeds: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+def as_on_slow_link(epochs: Rows, slow_epochs: Rows) -> Rows:
+    """The epochs of a training, each as long as the median of slow ones, those with an evaluation apart."""
+    seconds = defaultdict(list)
+    for row in slow_epochs[1:]:  # the first one has the start in it
+        seconds[bool(row["map50"])].append(float(row["seconds"]))
+    return [{**row, "seconds": str(median(seconds[bool(row["map50"])]))} for row in epochs]
+
+
+def timed_scores(epochs: Rows) -> Scores:
+    """When a training had each of its scores."""
+    ends_s = accumulate(float(row["seconds"]) for row in epochs)
+    return [(end_s, float(row["map50"])) for row, end_s in zip(epochs, ends_s, strict=True) if row["map50"]]
+
+
+def mean_scores(of_seeds: list[Scores]) -> Scores:
     """The mean time and the mean score of each evaluation."""
     return [(mean(seconds for seconds, _ in each), mean(score for _, score in each)) for each in zip(*of_seeds, strict=True)]
 
 
-def timed_scores(lab: Lab, words: list[str], run: Path) -> list[tuple[float, float]]:
-    """(seconds since the first step, AP50) of each evaluation of a training on both hosts."""
-    argv = [sys.executable, "-m", "horoyolo", "launch", "--hosts", ",".join(f"{host}:1" for host in HOSTS), "--", *words]
-    scores: list[tuple[float, float]] = []
-    began_s = None
-    with lab.popen(HOSTS[0], argv, env={"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL) as process:
-        running = True
-        while running:
-            running = process.poll() is None
-            if began_s is None and rows_of(run / "steps.csv"):
-                began_s = time.monotonic()
-            evaluated = [row for row in rows_of(run / "results.csv") if row["map50"]]
-            if began_s is not None and len(evaluated) > len(scores):
-                scores.append((time.monotonic() - began_s, float(evaluated[len(scores)]["map50"])))
-                print(f"{run.name}: {scores[-1][0]:.0f} s, AP50 {scores[-1][1]:.4f}", file=sys.stderr, flush=True)
-            time.sleep(POLL_S)
-    if process.returncode or not scores:
-        raise SystemExit(f"{run.name}: the training ended with {process.returncode} after {len(scores)} evaluations")
-    return scores
+def print_table(scores: dict[str, Scores], rate: str) -> None:
+    """When each entry's mean score first was that with which none ends."""
+    wanted = scores["none"][-1][1]
+    plain_s = reached_s(scores["none"], wanted)
+    assert plain_s is not None
+    print(f"link of {rate}; AP50 {wanted:.4f}, with which none ends")
+    for entry, of_entry in scores.items():
+        took_s = reached_s(of_entry, wanted)
+        told = "never" if took_s is None else f"after {took_s:.0f} s, {plain_s / took_s:.2f} times as soon as none"
+        print(f"{entry:10} {told}; ends with {of_entry[-1][1]:.4f} after {of_entry[-1][0]:.0f} s")
 
 
-def reached_s(scores: list[tuple[float, float]], wanted: float) -> float | None:
+def reached_s(scores: Scores, wanted: float) -> float | None:
     """When a score was reached first; None: never."""
     return next((seconds for seconds, score in scores if score >= wanted), None)
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
+def rows_of(path: Path) -> Rows:
     """The whole rows of a CSV file; none where there is no file."""
     if not path.exists():
         return []
