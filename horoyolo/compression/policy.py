@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import logging
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from horoyolo.compression.base import Bucket, Comm, Compressor, Lossy, Pending, ring_bytes
+from horoyolo.compression.base import Bucket, Comm, Compressor, Lossy, Pending
 from horoyolo.compression.feedback import ErrorFeedback
+from horoyolo.compression.probe import Cost, Link, agreed, probe_costs, probe_link
 
 log = logging.getLogger("horoyolo")
 
@@ -36,8 +35,6 @@ KNOWN = 2  # of the updates before trials that count as trials of plain sums
 LOOK_EVERY = 50  # updates between two looks at a settled choice, at first
 LOOK_AT_LEAST_EVERY = 32 * LOOK_EVERY
 CHANGED = 0.25  # of the tail: a difference by which it is another job
-PROBE_BYTES, MOST_PROBE_BYTES = 1 << 20, 1 << 24
-CLEAR = 4  # times the latency that a probe of the bandwidth takes, unless its bytes are the most: latencies vary by Horovod's cycle
 PROBE_SHARE = 0.01  # of the time between two probes
 
 
@@ -123,27 +120,6 @@ class Trials:
         """The quickest by its median; of those about as quick the first."""
         medians = {choice: statistics.median(times) for choice, times in self.times_s.items()}
         return next(choice for choice, median_s in medians.items() if median_s <= AS_QUICK * min(medians.values()))
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a worker's network does for it."""
-
-    latency_s: float  # of the smallest allreduce
-    bytes_per_s: float  # sent by one worker in a large allreduce
-    probe_s: float = 0.0  # what it took to find out
-
-    def time_s(self, wire_bytes: int) -> float:
-        """What an exchange takes in which each worker sends so many bytes."""
-        return self.latency_s + wire_bytes / self.bytes_per_s
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a way to sum takes of an update, apart from the link."""
-
-    codec_s: float  # encoding and decoding
-    wire_bytes: int  # sent by a worker
 
 
 def predicted_tail_s(choice: Choice, cost: Cost, link: Link, backward_s: float) -> float:
@@ -247,7 +223,7 @@ class Auto(Compressor):
         """Chooses whom to try."""
         choices, known = self._all, {}
         if self._switch is not None:
-            link, costs = probe_link(comm, self._device), self._probe_costs(comm)
+            link, costs = probe_link(comm, self._device), probe_costs(self._makers, list(self._buckets.values()), comm)
             self._link, self._plain_bytes = link, costs[self._plain[0].entry].wire_bytes
             # The quicker, where buckets leave at both times: an exchange beside it slows backward down on a CPU.
             backward_s = min(statistics.median(times_s) for times_s in self._plain_backward_s.values())
@@ -303,13 +279,6 @@ class Auto(Compressor):
             log.info("compression: the link has %.1f MB/s instead of %.1f: looking again", now.bytes_per_s / 1e6, before.bytes_per_s / 1e6)
             self._begin()
 
-    def _probe_costs(self, comm: Comm) -> dict[str, Cost]:
-        """Encoding and decoding times and bytes of every entry for the buckets of this job, the slowest worker's; without the network."""
-        echo = _EchoComm(comm.size())
-        costs = {name: measure_cost(make(), list(self._buckets.values()), echo) for name, make in self._makers.items()}
-        slowest = agreed([cost.codec_s for cost in costs.values()], comm)
-        return {name: Cost(codec_s, cost.wire_bytes) for (name, cost), codec_s in zip(costs.items(), slowest, strict=True)}
-
     def state_dict(self) -> dict[str, Any]:
         return self._feedback.state_dict()
 
@@ -323,92 +292,6 @@ class Auto(Compressor):
         self._feedback.load_rank_state_dict(state)
 
 
-def agreed(figures: list[float], comm: Comm) -> list[float]:
-    """The largest of each figure over workers: a step is as slow as its slowest worker."""
-    return comm.allreduce_async(torch.tensor(figures, dtype=torch.float64), "policy.agreed", "max").wait().tolist()
-
-
 def differ(now_s: float, then_s: float, tail_s: float) -> bool:
     """Whether two times differ by a quarter, of the smaller one and of the tail that they are a part of."""
     return abs(now_s - then_s) > CHANGED * max(min(now_s, then_s), tail_s)
-
-
-def probe_link(comm: Comm, device: torch.device) -> Link:
-    """Latency and bandwidth of an allreduce between the workers as they are now, from memory of ``device``: GPUs may have links of their own."""
-    started_s = time.perf_counter()
-    latency_s = agreed([min(_allreduce_s(comm, torch.zeros(1, device=device)) for _ in range(5))], comm)[0]
-    num_bytes, large_s = PROBE_BYTES // 4, 0.0
-    while large_s < CLEAR * latency_s and num_bytes < MOST_PROBE_BYTES:
-        num_bytes *= 4
-        large_s = agreed([min(_allreduce_s(comm, torch.zeros(num_bytes // 4, device=device)) for _ in range(3))], comm)[0]
-    probe_s = agreed([time.perf_counter() - started_s], comm)[0]
-    return Link(latency_s, ring_bytes(num_bytes, comm.size()) / max(large_s - latency_s, 1e-6), probe_s)
-
-
-def _allreduce_s(comm: Comm, tensor: Tensor) -> float:
-    started_s = time.perf_counter()
-    comm.allreduce_async(tensor, f"policy.probe.{tensor.numel()}").wait()
-    return time.perf_counter() - started_s
-
-
-def measure_cost(lossy: Lossy, buckets: list[Bucket], comm: Comm) -> Cost:
-    """The time and the bytes of an update of copies of these buckets, with a ``comm`` that takes no time.
-
-    Of two updates after the first: the quicker time, the mean bytes.
-    """
-    copies = [_Copy(bucket, comm.size()) for bucket in buckets]
-    residuals = [torch.empty_like(copy.flat) for copy in copies]
-    times_s, wire_bytes = [], []
-    for _ in range(3):
-        for bucket, copy in zip(buckets, copies, strict=True):
-            copy.flat[: bucket.flat.numel()] = bucket.flat
-        started_s = time.perf_counter()
-        pending = [lossy.start(copy, comm, residual) for copy, residual in zip(copies, residuals, strict=True)]
-        for each in pending:
-            each.proceed()
-        wire_bytes.append(sum(each.finish() for each in pending))
-        if copies and copies[0].flat.is_cuda:
-            torch.cuda.synchronize(copies[0].flat.device)
-        times_s.append(time.perf_counter() - started_s)
-        lossy.commit()
-    return Cost(0.0 if lossy.exact else min(times_s[1:]), sum(wire_bytes[1:]) // 2)
-
-
-class _Copy:
-    """A bucket with memory of its own, a little longer: the parts of all workers are alike, as the echo pretends."""
-
-    def __init__(self, bucket: Bucket, size: int):
-        self.name, self.params = bucket.name, bucket.params
-        multiple = 4096 * size
-        self.flat = bucket.flat.new_zeros(-(-bucket.flat.numel() // multiple) * multiple)
-        self.grads = [self.flat.as_strided(grad.shape, grad.stride(), grad.storage_offset()) for grad in bucket.grads]
-
-
-class _EchoComm:
-    """The first of ``size`` workers that all give the same, at once: what is left of a collective without its network."""
-
-    def __init__(self, size: int):
-        self._size = size
-
-    def rank(self) -> int:
-        return 0
-
-    def size(self) -> int:
-        return self._size
-
-    def allreduce_async(self, tensor: Tensor, name: str, op: str = "sum") -> _Echo:
-        return _Echo(tensor)
-
-    def allgather_async(self, tensor: Tensor, name: str) -> _Echo:
-        return _Echo(torch.cat([tensor] * self._size))
-
-    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _Echo:
-        return _Echo((tensor, list(splits)))  # from each what it was sent: workers send themselves nothing
-
-
-@dataclass(frozen=True)
-class _Echo:
-    result: Any
-
-    def wait(self) -> Any:
-        return self.result

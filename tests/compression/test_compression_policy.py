@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from laws import buckets_of, check_conservation, check_same_bits, take_update
 from threads import ThreadComm, run_threads
 
-from horoyolo.compression import policy
+from horoyolo.compression import policy, probe
 from horoyolo.compression.build import COMPRESSORS, build_compressor
 from horoyolo.compression.feedback import ErrorFeedback
-from horoyolo.compression.policy import LOOK_EVERY, Auto, Choice, Cost, Link, Switch, Trials, measure_cost, predicted_tail_s
+from horoyolo.compression.policy import LOOK_EVERY, Auto, Choice, Switch, Trials, predicted_tail_s
+from horoyolo.compression.probe import Cost, EchoComm, Link, measure_cost, probe_link
 from horoyolo.config import Comms
 
 BOTH = (False, True)
@@ -33,7 +34,7 @@ def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A link of 1 MB/s and 1 ms, and codecs without cost: what is predicted then depends on bytes alone."""
     monkeypatch.setattr(policy, "probe_link", lambda comm, device: Link(1e-3, 1e6))
     wire_bytes = {"none": 4_000_000, "bf16": 2_000_000, "fp16": 2_000_000, "int8": 1_000_000, "onebit": 130_000, "topk": 100_000, "powersgd": 90_000}
-    monkeypatch.setattr(Auto, "_probe_costs", lambda self, comm: {name: Cost(0.0, wire_bytes[name]) for name in self._makers})
+    monkeypatch.setattr(policy, "probe_costs", lambda makers, buckets, comm: {name: Cost(0.0, wire_bytes[name]) for name in makers})
 
 
 def drive(comm: ThreadComm, tails_s: dict[str, float], updates: int, compressor: Auto | None = None) -> tuple[Auto, list[Choice]]:
@@ -181,8 +182,8 @@ def test_a_fast_link_is_probed_with_more_bytes(monkeypatch, bytes_per_s, largest
         sent.append(4 * tensor.numel())
         return 0.01 + 4 * tensor.numel() / bytes_per_s
 
-    monkeypatch.setattr(policy, "_allreduce_s", takes_s)
-    link = run_threads(2, lambda comm: policy.probe_link(comm, torch.device("cpu")))[0]
+    monkeypatch.setattr(probe, "_allreduce_s", takes_s)
+    link = run_threads(2, lambda comm: probe_link(comm, torch.device("cpu")))[0]
     assert max(sent) == largest
     assert link.bytes_per_s == pytest.approx(bytes_per_s, rel=1e-4)
     assert link.latency_s == pytest.approx(0.01, rel=0.01)
@@ -293,7 +294,7 @@ def test_measured_costs_are_those_of_a_real_update(name, size):
     for bucket in buckets:
         bucket.flat.copy_(torch.randn(bucket.flat.numel(), generator=torch.Generator().manual_seed(0)))
     before = [bucket.flat.clone() for bucket in buckets]
-    cost = measure_cost(COMPRESSORS[name](Comms(warmup_updates=0)), buckets, policy._EchoComm(size))
+    cost = measure_cost(COMPRESSORS[name](Comms(warmup_updates=0)), buckets, EchoComm(size))
     assert all(torch.equal(bucket.flat, flat) for bucket, flat in zip(buckets, before, strict=True))
     assert cost.wire_bytes > 0
     assert (cost.codec_s > 0) == (name != "none")
