@@ -1,6 +1,6 @@
 """Does a storm of kills, joins and leavings cost accuracy? Undisturbed trainings of several seeds, and one that workers leave and join at random.
 
-    scripts/storm_accuracy.py --data bccd/data.yaml --out runs/storm [--epochs 100] [--set hyp.lr0=0.02 ...]
+    python scripts/storm_accuracy.py --data bccd/data.yaml --out runs/storm [--epochs 100] [--set hyp.lr0=0.02 ...]
 
 The stormy one runs as an elastic job on three hosts of a lab (as root: scripts/setup_lab.sh), with the first seed; its events are drawn from a
 seed. Undisturbed trainings that are finished are not repeated. Exit status 0: its ledger is exact, and its AP50 is no lower than the mean of
@@ -9,20 +9,19 @@ the undisturbed ones minus the larger of 0.01 and two standard deviations.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+
+from trainings import last_ap50, train, train_words, training_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "faults"), str(ROOT / "tests" / "lab")]
 
 from netlab import Lab  # noqa: E402
-from rig import PYTHON, Control, Failed, Rig, read_rows  # noqa: E402
+from rig import Control, Failed, Rig, read_rows  # noqa: E402
 from rows import counts, random_event  # noqa: E402
 
 from horoyolo.config import load  # noqa: E402
@@ -31,42 +30,29 @@ HOUR_S = 3600.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a data.yaml")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
-    parser.add_argument("--cfg", default="yolov5n")
-    parser.add_argument("--img", default="320")
-    parser.add_argument("--batch", default="16")
-    parser.add_argument("--epochs", default="100")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of train")
+    parser = training_flags(__doc__, epochs="100")
     parser.add_argument("--close-mosaic", default="0", help="as of train")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--events", type=int, default=20)
     parsed = parser.parse_args()
 
-    out = parsed.out.absolute()
-    words = ["train", "--data", str(Path(parsed.data).absolute()), "--cfg", parsed.cfg, "--img", parsed.img, "--batch", parsed.batch]
-    words += ["--epochs", parsed.epochs, "--close-mosaic", parsed.close_mosaic, "--project", str(out)]
-    words += [word for setting in [*parsed.set, f"evaluate_every={parsed.epochs}"] for word in ("--set", setting)]
+    def words(name: str, seed: str) -> list[str]:
+        return [*train_words(parsed, name, seed, parsed.epochs), "--close-mosaic", parsed.close_mosaic]
 
-    calm = [undisturbed(words, out, seed) for seed in parsed.seeds]
+    out = parsed.out.absolute()
+    for seed in parsed.seeds:
+        train(words(f"calm-{seed}", seed), "2")
+    calm = [last_ap50(out / f"calm-{seed}") for seed in parsed.seeds]
     mean, deviation = statistics.mean(calm), statistics.stdev(calm)
     least = mean - max(0.01, 2 * deviation)
     print(f"undisturbed: AP50 {', '.join(f'{score:.4f}' for score in calm)}; mean {mean:.4f}, standard deviation {deviation:.4f}", flush=True)
     try:
-        happened, score, exact = stormy([*words, "--seed", parsed.seeds[0], "--name", "storm"], out, parsed.events)
+        happened, score, exact = stormy(words("storm", parsed.seeds[0]), out, parsed.events)
     except Failed as error:
         print(f"storm: {error}", file=sys.stderr)
         return 1
     print(f"{happened}: AP50 {score:.4f}, at least {least:.4f} is wanted; the ledger is {'exact' if exact else 'NOT exact'}")
     return 0 if score >= least and exact else 1
-
-
-def undisturbed(words: list[str], out: Path, seed: str) -> float:
-    """AP50 of the last epoch, on two workers."""
-    words = [*words, "--seed", seed, "--name", f"calm-{seed}", "--resume", "auto"]
-    subprocess.run([*PYTHON, "launch", "-np", "2", "--", *words], check=True, stderr=subprocess.DEVNULL)
-    return last_ap50(out / f"calm-{seed}")
 
 
 def stormy(words: list[str], out: Path, num_events: int) -> tuple[str, float, bool]:
@@ -96,10 +82,6 @@ def passed(run: Path, moment: float) -> bool:
         return False
     epochs = load(run / "config.yaml").epochs
     return int(rows[-1]["epoch"]) + int(rows[-1]["stop"]) / int(rows[-1]["of"]) >= moment * epochs
-
-
-def last_ap50(run: Path) -> float:
-    return json.loads((run / "metrics.json").read_text())["last"]["map50"]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How much sooner does a compressed training reach the score that a plain one ends with, on a slow link? Two hosts of a lab, a worker on each.
 
-    scripts/time_to_score.py --data bccd/data.yaml --out runs/accuracy [--entries auto powersgd] [--seeds 0 1 2] [--set hyp.lr0=0.02 ...]
+    python scripts/time_to_score.py --data bccd/data.yaml --out runs/accuracy [--entries auto powersgd] [--seeds 0 1 2] [--set hyp.lr0=0.02 ...]
 
 As root (scripts/setup_lab.sh). On the link a plain exchange takes ``--link-ratio`` times as long as a step computes. Plain sums have the same bits on
 any link: plain trainings run on this machine, and the first epochs of one on the slow link too, which tells how long epochs take there, and where
@@ -21,7 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
 
-from bench_accuracy import train, train_words, training_flags
+from trainings import train, train_words, training_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "lab")]
@@ -37,7 +37,7 @@ Scores = list[tuple[float, float]]  # (seconds since the start, AP50) of each ev
 
 
 def main() -> int:
-    parser = training_flags(__doc__)
+    parser = training_flags(__doc__, epochs="60")
     parser.add_argument("--entries", nargs="+", default=["auto"], help="beside none")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--link-ratio", type=float, default=4)
@@ -45,18 +45,23 @@ def main() -> int:
     parser.add_argument("--every", default="2", help="epochs between evaluations")
     parsed = parser.parse_args()
 
-    plain = [train(parsed, "none", seed, parsed.every, str(len(HOSTS))) for seed in parsed.seeds]
+    if parsed.slow_epochs <= int(parsed.every):
+        parser.error(f"--slow-epochs {parsed.slow_epochs}: more than --every {parsed.every} are wanted, the first one is not counted")
+
+    plain = [parsed.out / f"none-seed{seed}" for seed in parsed.seeds]
+    for seed, run in zip(parsed.seeds, plain, strict=True):
+        train(train_words(parsed, run.name, seed, parsed.every), str(len(HOSTS)))
     rate = slow_rate(rows_of(plain[0] / "steps.csv"), parsed.link_ratio)
     with Lab.up(len(HOSTS)) as lab:
         for host in HOSTS:
             lab.shape(host, rate)
         begun = parsed.out / "none-slow"
-        begin_training(lab, train_words(parsed, "none", parsed.seeds[0], parsed.every, begun.name), begun, parsed.slow_epochs)
+        begin_training(lab, train_words(parsed, begun.name, parsed.seeds[0], parsed.every), begun, parsed.slow_epochs)
         check_same_losses(begun, plain[0])
         for seed in parsed.seeds:
             for entry in parsed.entries:
                 run = parsed.out / run_name(entry, seed)
-                whole_training(lab, train_words(parsed, entry, seed, parsed.every, run.name), run, int(parsed.epochs))
+                whole_training(lab, train_words(parsed, run.name, seed, parsed.every, entry), run, int(parsed.epochs))
 
     of_plain = [as_on_slow_link(rows_of(run / "results.csv"), rows_of(begun / "results.csv")) for run in plain]
     of_others = {entry: [rows_of(parsed.out / run_name(entry, seed) / "results.csv") for seed in parsed.seeds] for entry in parsed.entries}
@@ -82,7 +87,8 @@ def begin_training(lab: Lab, words: list[str], run: Path, epochs: int) -> None:
     with launched(lab, words, run) as process:
         while process.poll() is None and len(rows_of(run / "results.csv")) < epochs:
             time.sleep(POLL_S)
-        (run / "STOP").touch()
+        if process.poll() is None:
+            (run / "STOP").touch()
     ended_with(process, run, STOPPED)
 
 

@@ -39,7 +39,7 @@ class Cost:
 
 def agreed(figures: list[float], comm: Comm) -> list[float]:
     """The largest of each figure over workers: a step is as slow as its slowest worker."""
-    return comm.allreduce_async(torch.tensor(figures, dtype=torch.float64), "policy.agreed", "max").wait().tolist()
+    return comm.allreduce_async(torch.tensor(figures, dtype=torch.float64), "probe.agreed", "max").wait().tolist()
 
 
 def probe_link(comm: Comm, device: torch.device) -> Link:
@@ -56,7 +56,7 @@ def probe_link(comm: Comm, device: torch.device) -> Link:
 
 def _allreduce_s(comm: Comm, tensor: Tensor) -> float:
     started_s = time.perf_counter()
-    comm.allreduce_async(tensor, f"policy.probe.{tensor.numel()}").wait()
+    comm.allreduce_async(tensor, f"probe.{tensor.numel()}").wait()
     return time.perf_counter() - started_s
 
 
