@@ -89,7 +89,7 @@ def begin_training(lab: Lab, words: list[str], run: Path, epochs: int) -> None:
             time.sleep(POLL_S)
         if process.poll() is None:
             (run / "STOP").touch()
-    ended_with(process, run, STOPPED)
+    ended_with(process, run, 0, STOPPED)  # 0: it came to its end first
 
 
 def whole_training(lab: Lab, words: list[str], run: Path, epochs: int) -> None:
@@ -108,8 +108,8 @@ def launched(lab: Lab, words: list[str], run: Path) -> subprocess.Popen:
     return lab.popen(HOSTS[0], argv, env={"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
 
 
-def ended_with(process: subprocess.Popen, run: Path, wanted: int) -> None:
-    if process.returncode != wanted:
+def ended_with(process: subprocess.Popen, run: Path, *wanted: int) -> None:
+    if process.returncode not in wanted:
         raise SystemExit(f"{run.name}: the training ended with {process.returncode}; {run / 'logs'} says why")
 
 
