@@ -29,7 +29,7 @@ log = logging.getLogger("horoyolo")
 
 WORTH_TRYING = 1.5  # predicted tail against the shortest predicted one
 MOST_CHOICES = 6  # tried
-AS_QUICK = 1.02  # of choices within this of the quickest the most faithful is taken
+AS_QUICK = 1.05  # of choices within this of the quickest the most faithful is taken: medians of so few trials differ by as much by chance
 ROUNDS = 6  # trials of each choice; even, since updates of powersgd differ in turns
 KNOWN = 2  # of the updates before trials that count as trials of plain sums
 LOOK_EVERY = 50  # updates between two looks at a settled choice, at first
