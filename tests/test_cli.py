@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from horoyolo import cli
-from horoyolo import config as configuration
-from horoyolo.config import Config
 from horoyolo.data.synthetic import write_synthetic
 from horoyolo.engine.checkpoint import serialised, write_checkpoint
 
@@ -141,22 +139,6 @@ def test_launch_checks_the_job_first(dataset: Path, here: Path, capsys: pytest.C
     assert "-- train" in refused(capsys, "launch", "-np", 2)
     assert "horovodrun" in refused(capsys, "launch", "-np", 2, "--launcher", "ssh", "--dry-run", "--", *train(dataset, "--batch", 2))
     assert list(here.iterdir()) == []
-
-
-def test_flags_of_the_recipe_mean_their_keys() -> None:
-    words = ["--data", "d.yaml", "--cfg", "yolov5n", "--freeze", "0", "1", "2", "--patience", "7", "--noautoanchor", "--hyp", "hyp.scratch-med.yaml"]
-    config = cli.train_config(cli.build_parser().parse_args(["train", *words]))
-    assert (config.recipe.freeze, config.recipe.patience, config.recipe.autoanchor, config.hyp.scale) == ("0,1,2", 7, False, 0.9)
-
-
-def test_a_found_batch_is_that_of_the_run_from_then_on(here: Path) -> None:
-    folder = here / "runs/train/exp"
-    folder.mkdir(parents=True)
-    words = ["train", "--data", "d.yaml", "--cfg", "yolov5n", "--auto-batch", "--resume"]
-    assert cli.train_config(cli.build_parser().parse_args([*words, "auto", "--name", "other"])).batch == -1
-    (folder / "config.yaml").write_text(configuration.dump(Config(data="d.yaml", cfg="yolov5n", batch=48)))
-    assert cli.train_config(cli.build_parser().parse_args([*words, "auto"])).batch == 48
-    assert cli.train_config(cli.build_parser().parse_args(["train", "--data", "d.yaml", "--cfg", "yolov5n", "--batch", "-1"])).batch == -1
 
 
 def test_a_dry_run_prints_what_would_run(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from horoyolo.cli import NOT_YET, build_parser, train_config
+from horoyolo.cli import NOT_YET, build_parser
 from horoyolo.elastic.launch import build_elastic, is_elastic
+from horoyolo.flags import train_config
 from horoyolo.launch.hosts import parse_host_list
 
 ROOT = Path(__file__).parents[1]

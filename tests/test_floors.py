@@ -27,6 +27,7 @@ FLOORS = {
     "tune": 5,
     "stats": 5,
     "bench": 5,
+    "flags": 5,
     "cli": 6,
     "__main__": 7,
     "warm": 7,
@@ -36,7 +37,7 @@ ONLY_IN = {
     "horovod": {"distributed/comm.py", "elastic/state.py"},
     "mpi4py": {"distributed/pipeline.py", "launch/doctor.py"},
 }
-WITHOUT_TORCH = ("config.py", "files.py", "cli.py", "launch/*.py", "data/spec.py")
+WITHOUT_TORCH = ("config.py", "files.py", "flags.py", "cli.py", "launch/*.py", "data/spec.py")
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
