@@ -27,10 +27,10 @@ from horoyolo.elastic.actions import (
     Tell,
     number_places,
 )
+from horoyolo.elastic.rests import Rests
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.status import job_status
 
-COOLDOWN_S, LONGEST_COOLDOWN_S, FORGET_S = 10.0, 300.0, 600.0
 START_PATIENCE_S = 30.0  # at the start, for workers and hosts that are slower than the first min_np
 GATHER_S = 5.0  # a newcomer waits for others that are about to be ready: each change costs all workers a moment
 BELOW_LIMIT_S = 600.0  # how long fewer workers than wanted are waited for
@@ -70,21 +70,6 @@ class Worker:
 
 
 @dataclass
-class Fault:
-    """The failures of a slot or a host: how long it rests."""
-
-    count: int = 0
-    until_s: float = 0.0
-
-    def fail(self, now: float) -> float:
-        """Count one more failure; gives the seconds of rest."""
-        self.count = 1 if now - self.until_s > FORGET_S else self.count + 1
-        rest_s = min(LONGEST_COOLDOWN_S, COOLDOWN_S * 2 ** (self.count - 1))
-        self.until_s = now + rest_s
-        return rest_s
-
-
-@dataclass
 class Generation:
     """The generation that is formed now, or the last one."""
 
@@ -112,8 +97,8 @@ class Membership:
         self.finished: Finish | None = None
         self._open: dict[str, bool] = {}  # host -> whether its agent is ready
         self._closing: set[str] = set()  # hosts whose agent was told to end: only when it has may there be another, which it would kill
-        self._slot_faults: dict[tuple[str, int], Fault] = {}
-        self._host_faults: dict[str, Fault] = {}
+        self._slot_rests = Rests[tuple[str, int]]()
+        self._host_rests = Rests[str]()
         self._started = 0  # workers so far: their names
         self._statuses: list[int] = []  # of workers that ended on request, or with nothing to do
         self._enough_s: float | None = None  # since when min_np workers are ready for the first generation
@@ -140,7 +125,7 @@ class Membership:
         if host in self._closing:
             self._closing.remove(host)
             return
-        rest_s = self._host_faults.setdefault(host, Fault()).fail(now)
+        rest_s = self._host_rests.fail(host, now)
         lost = [worker for worker in self.workers.values() if worker.host == host]
         told = f", with {len(lost)} workers" if lost else ""
         self._lines.append(f"{host} is lost{told}: {why}; tried again in {rest_s:.0f} s")
@@ -238,8 +223,7 @@ class Membership:
 
     def next_s(self, now: float) -> float:
         """Seconds until ``decide`` may have something new to say by the passing of time alone, at most one."""
-        waits = [fault.until_s - now for fault in (*self._slot_faults.values(), *self._host_faults.values())]
-        return min([1.0, *(wait for wait in waits if wait > 0)])
+        return min(1.0, self._slot_rests.next_s(now), self._host_rests.next_s(now))
 
     def _wanted(self) -> set[str]:
         """Names of the living workers that have a slot in the present list of hosts, oldest first, at most max_np."""
@@ -396,15 +380,11 @@ class Membership:
         free = [
             (host, slot)
             for host in self.hosts
-            if not self._rests(self._host_faults.get(host.name), now)
+            if not self._host_rests.rests(host.name, now)
             for slot in range(host.slots)
-            if (host.name, slot) not in taken and not self._rests(self._slot_faults.get((host.name, slot)), now)
+            if (host.name, slot) not in taken and not self._slot_rests.rests((host.name, slot), now)
         ]
         return free[: max(0, room)]
-
-    @staticmethod
-    def _rests(fault: Fault | None, now: float) -> bool:
-        return fault is not None and now < fault.until_s
 
     # -- ends
 
@@ -434,15 +414,12 @@ class Membership:
 
     def _check_start(self, now: float) -> None:
         """Whether a job that has not begun never will."""
-        reachable = sum(host.slots for host in self.hosts if self._tries(host) < TRIES)
+        reachable = sum(host.slots for host in self.hosts if self._host_rests.failures(host.name) < TRIES)
         if reachable < self.limits.min_np <= sum(host.slots for host in self.hosts):
-            lost = ", ".join(host.name for host in self.hosts if self._tries(host) >= TRIES)
+            lost = ", ".join(host.name for host in self.hosts if self._host_rests.failures(host.name) >= TRIES)
             self._finish(1, f"{lost} can't be used, the others have fewer than {self.limits.min_np} slots (horoyolo doctor looks closer)")
         elif self._below_s is not None and now - self._below_s >= BELOW_LIMIT_S:
             self._finish(1, f"fewer than {self.limits.min_np} workers (--min-np) for {BELOW_LIMIT_S:.0f} s")
-
-    def _tries(self, host: Host) -> int:
-        return self._host_faults.get(host.name, Fault()).count
 
     def _finish(self, status: int, why: str) -> None:
         self.finished = self.finished or Finish(status, why)
@@ -480,7 +457,7 @@ class Membership:
             present.state, present.broken_s = BROKEN, now
 
     def _count_fault(self, worker: Worker, what: str, now: float) -> None:
-        rest_s = self._slot_faults.setdefault((worker.host, worker.slot), Fault()).fail(now)
+        rest_s = self._slot_rests.fail((worker.host, worker.slot), now)
         rank = f", rank {worker.rank}," if worker.rank >= 0 else ""
         others = len([other for other in self._members() if other is not worker])
         on = f"{others} go on; " if rank else ""
