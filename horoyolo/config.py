@@ -105,7 +105,7 @@ class Comms:
     int8_block: int = 1024  # values with a scale of their own
     onebit_block: int = 64
     topk_ratio: float = 0.01  # share of the values that a worker sends
-    powersgd_rank: int = 4
+    powersgd_rank: int = 8
     bucket_mb: float = 6.0  # size of a gradient bucket in MB (10^6 bytes): small enough that the first leaves early
     overlap: str = "auto"  # buckets leave while backward runs: yes, no; auto: on GPUs, and on CPUs where measured to be quicker; not with sync_bn
     sync_bn: bool = False  # BatchNorm over the global batch

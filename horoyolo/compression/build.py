@@ -18,16 +18,16 @@ from horoyolo.compression.topk import TopK
 from horoyolo.compression.warmup import WarmUp
 from horoyolo.config import Comms, InputError
 
-# In falling order of faithfulness, of the last three by the errors of their sums with feedback (bench compression) and by scores of trainings
-# (scripts/bench_accuracy.py): of those that are about as quick, `auto` takes the first.
+# In falling order of faithfulness, of the last three by the losses with which trainings end (scripts/bench_accuracy.py): of those that are about as
+# quick, `auto` takes the first.
 COMPRESSORS: dict[str, Callable[[Comms], Lossy]] = {
     "none": lambda comms: Dense(),
     "fp16": lambda comms: Scatter(Float16()),
     "bf16": lambda comms: Scatter(BFloat16()),
     "int8": lambda comms: _int8(comms),
     "onebit": lambda comms: _late(SmallApart(_int8(comms), Scatter(OneBit(comms.onebit_block))), comms),
-    "powersgd": lambda comms: _late(PowerSGD(comms.powersgd_rank), comms),
     "topk": lambda comms: SmallApart(_int8(comms), TopK(comms.topk_ratio, comms.warmup_updates)),
+    "powersgd": lambda comms: _late(PowerSGD(comms.powersgd_rank), comms),
 }
 AUTO = "auto"
 NAMES = (*COMPRESSORS, AUTO)

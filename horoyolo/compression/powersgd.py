@@ -24,7 +24,8 @@ Side = Literal["outputs", "inputs"]
 
 HEADROOM = 2.0**16  # factors travel divided by it: a sum along a row can be larger than the row's values by the root of its length
 NOISE = 1e-12  # of a factor's largest value, far below its rounding: it shows only where a factor has no direction of its own
-MIN_SAVING = 12  # times less of a matrix; smaller savings are not worth its error: with 4 instead, weights of the head lag behind in training
+NARROW = 64  # fewer outputs or inputs than these: as it is. Those of YOLOv5s are 1 % of its bytes, and those of the head lag behind in training
+MIN_SAVING = 8  # times less of a matrix; smaller savings are not worth its error
 
 
 class PowerSGD(Lossy):
@@ -192,7 +193,7 @@ def _split(bucket: Bucket, rank: int) -> tuple[list[_Matrix], list[slice]]:
         span = slice(start, start + grad.numel())
         start = span.stop
         # The outputs must be outermost in memory, as they are in all of PyTorch's memory formats, for the rest to be one dimension.
-        if grad.ndim > 1 and min(len(grad), inputs) >= MIN_SAVING * rank and grad.stride(0) == inputs:
+        if grad.ndim > 1 and min(len(grad), inputs) >= max(NARROW, MIN_SAVING * rank) and grad.stride(0) == inputs:
             matrices.append(_Matrix(name, span, grad.shape, tuple(sorted(range(1, grad.ndim), key=grad.stride, reverse=True))))
         elif dense and dense[-1].stop == span.start:
             dense[-1] = slice(dense[-1].start, span.stop)

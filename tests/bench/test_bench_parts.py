@@ -171,7 +171,7 @@ def test_waiting_is_neither_encoding_nor_decoding(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_entry_names_a_way_and_its_parameters() -> None:
-    assert entry_comms("powersgd").powersgd_rank == 4
+    assert entry_comms("powersgd").powersgd_rank == 8
     comms = entry_comms("powersgd:powersgd_rank=2,bucket_mb=8")
     assert (comms.compression, comms.powersgd_rank, comms.bucket_mb) == ("powersgd", 2, 8)
 

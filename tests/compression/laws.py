@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from horoyolo.compression.base import Compressor
 from horoyolo.distributed.buckets import Bucket, build_buckets
 
-SMALL = 300  # values of a small parameter in these tests, of which real ones have thousands
+# Parameters of these tests are smaller than real ones, and are to be sent in all forms: these stand in for the constants of the same names.
+SMALL = 300
+NARROW, MIN_SAVING = 8, 4
 KINDS = ("normal", "zero", "tiny", "huge", "sparse", "mixed", "equal")
 
 

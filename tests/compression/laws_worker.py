@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from laws import SMALL, buckets_of, take_update, values
+from laws import MIN_SAVING, NARROW, SMALL, buckets_of, take_update, values
 
-from horoyolo.compression import small
+from horoyolo.compression import powersgd, small
 from horoyolo.compression.build import NAMES, build_compressor
 from horoyolo.config import Comms
 from horoyolo.distributed.comm import Comm, open_comm
@@ -54,6 +54,7 @@ def kind_of(update: str, is_the_one: bool) -> str:
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     small.SMALL = SMALL
+    powersgd.NARROW, powersgd.MIN_SAVING = NARROW, MIN_SAVING
     comm = open_comm()
     seen = {name: {case: updates(name, case, comm) for case in CASES} for name in NAMES}
     torch.save(seen, out / f"rank{comm.rank()}.pt")

@@ -15,11 +15,7 @@ from horoyolo.compression.powersgd import NOISE, PowerSGD, orthonormal_rows
 from horoyolo.distributed.buckets import Bucket, build_buckets
 from horoyolo.model.yolo import build_model
 
-
-@pytest.fixture
-def small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of most tests are: more of them than of a model's are to be sent as factors."""
-    monkeypatch.setattr(powersgd, "MIN_SAVING", 4)
+OF_MODELS = powersgd.NARROW, powersgd.MIN_SAVING  # tests have others: conftest.py
 
 
 def low_rank(shape: tuple[int, ...], rank: int, seed: int) -> Tensor:
@@ -48,7 +44,6 @@ def alone(work: Callable[[ThreadComm], None]) -> None:
     run_threads(1, work)
 
 
-@pytest.mark.usefixtures("small_matrices")
 def test_sums_of_low_rank_come_exactly_at_the_second_update():
     """Each of many equal shapes by itself, whatever its scale: a norm over the whole batch would keep it from getting there."""
     shapes = [(16, 6, 3, 3)] * 3 + [(24, 30)] * 4
@@ -67,7 +62,6 @@ def test_sums_of_low_rank_come_exactly_at_the_second_update():
             assert relative_error(mine, first + second) < 2e-5
 
 
-@pytest.mark.usefixtures("small_matrices")
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (32, 6, 3, 3)])
 def test_warm_start_converges_to_the_best_approximation(shape):
     def work(comm: ThreadComm) -> None:
@@ -97,7 +91,6 @@ def test_rows_become_orthonormal_in_each_matrix_and_keep_their_span():
     assert (left.norm(dim=(1, 2)) <= 1e-6 * factors.norm(dim=(1, 2))).all()
 
 
-@pytest.mark.usefixtures("small_matrices")
 @pytest.mark.parametrize("before", [torch.zeros(20, 30), low_rank((20, 30), 1, 1), torch.ones(20, 1) * (torch.arange(30) == 3)])
 def test_directions_that_were_lost_come_back(before):
     """After gradients of rank 0 or 1 the next one is not held to what they had, wherever its values are."""
@@ -114,7 +107,6 @@ def test_directions_that_were_lost_come_back(before):
     alone(work)
 
 
-@pytest.mark.usefixtures("small_matrices")
 def test_layouts_agree_and_take_over_each_others_state():
     shapes = [(30,), (9, 1, 3, 3), (20, 12, 1, 1), (12, 40), (16, 9, 3, 3)]  # in rising order of size, as in a bucket
 
@@ -142,7 +134,6 @@ def test_layouts_agree_and_take_over_each_others_state():
     run_threads(2, work)
 
 
-@pytest.mark.usefixtures("small_matrices")
 def test_factors_are_those_of_all_workers_and_of_used_updates_alone():
     def work(comm: ThreadComm) -> list[dict]:
         (bucket,), lossy = buckets_of([(12, 20), (16, 4, 3, 3)]), PowerSGD(2)
@@ -162,7 +153,6 @@ def test_factors_are_those_of_all_workers_and_of_used_updates_alone():
         assert all(torch.equal(factor, first[discarded]["factors"][name]) for name, factor in first[used]["factors"].items())
 
 
-@pytest.mark.usefixtures("small_matrices")
 def test_a_factor_of_the_wrong_side_or_rank_counts_as_none():
     """As after updates of a job that was one worker for a while, or with a saved state of another rank."""
 
@@ -193,7 +183,6 @@ def test_sums_along_rows_and_over_workers_stay_in_range(scale):
     torch.testing.assert_close(run_threads(4, work)[0], torch.full((64, 4096), 4 * scale), rtol=1e-5, atol=0)
 
 
-@pytest.mark.usefixtures("small_matrices")
 def test_what_is_small_goes_as_it_is_with_the_factors_in_one_allreduce():
     names = []
 
@@ -232,8 +221,11 @@ def yolov5s_buckets():
     return build_buckets(build_model("yolov5s", 80).named_parameters(), 25.0)
 
 
-@pytest.mark.parametrize(("rank", "times_fewer"), [(1, 170), (2, 110), (4, 58)])
-def test_yolov5s_needs_many_times_fewer_bytes(yolov5s_buckets, rank, times_fewer):
+@pytest.mark.parametrize(("rank", "times_fewer"), [(1, 120), (2, 90), (4, 58), (8, 35)])
+def test_yolov5s_needs_many_times_fewer_bytes(monkeypatch, yolov5s_buckets, rank, times_fewer):
+    monkeypatch.setattr(powersgd, "NARROW", OF_MODELS[0])
+    monkeypatch.setattr(powersgd, "MIN_SAVING", OF_MODELS[1])
+
     class TwoWorkers(ThreadComm):
         def size(self) -> int:
             return 2
