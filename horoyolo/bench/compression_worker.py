@@ -95,7 +95,7 @@ def measure(rows: list[Row], stepper: Stepper, comm: Comm, repeats: int, steps: 
 
 def gradient_errors(rows: list[Row], stepper: Stepper, comm: Comm) -> dict[str, dict[str, float]]:
     """How far each way's sum is from the true one, as a part of its norm: of one update of a new compressor, and of the mean over several
-    updates of the same gradients, where error feedback has sent what the first ones left out."""
+    updates of the same gradients, where error feedback has sent what the first ones left out. Of auto there is none: it tries others in these."""
     stepper.exchange = None
     stepper.step()
     own = {name: param.grad.clone() for name, param in stepper.model.named_parameters() if param.grad is not None}
@@ -104,7 +104,7 @@ def gradient_errors(rows: list[Row], stepper: Stepper, comm: Comm) -> dict[str, 
     true = {name: part.view(own[name].shape) for name, part in zip(own, parts, strict=True)}
     errors: dict[Comms, dict[str, float]] = {}  # when buckets leave makes no difference
     for row in rows:
-        if row.comms in errors:
+        if row.comms in errors or row.comms.compression == AUTO:
             continue
         exchange = _exchange(row.build(), Costs(), row.comms, stepper, comm)
         mean = {name: torch.zeros_like(grad) for name, grad in true.items()}
@@ -121,7 +121,7 @@ def gradient_errors(rows: list[Row], stepper: Stepper, comm: Comm) -> dict[str, 
                 mean[name] += grad / FEEDBACK_UPDATES
         exchange.close()
         errors[row.comms] = {"error": first, "error_with_feedback": _distance(mean, true)}
-    return {row.name: errors[row.comms] for row in rows}
+    return {row.name: errors[row.comms] for row in rows if row.comms in errors}
 
 
 def _exchange(compressor: Compressor, costs: Costs, comms: Comms, stepper: Stepper, comm: Comm) -> Exchange:

@@ -72,11 +72,11 @@ class Stepper:
     def step(self) -> None:
         """Forward, loss, backward, exchange where there is one, optimizer step."""
         self.optimizer.zero_grad()
-        if self.exchange is not None:
-            self.exchange.arm()
         with self.numerics.autocast():
             heads = self.model(self.numerics.as_input(self.images))
         losses = self.loss(heads, self.targets.to(self.numerics.device), self.positives, self.batch)
+        if self.exchange is not None:
+            self.exchange.arm()
         (losses.sum() * self.batch).backward()
         if self.exchange is not None:
             self.exchange.finish()
