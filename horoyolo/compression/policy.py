@@ -144,9 +144,7 @@ class Auto(Compressor):
         self._switch = Switch(makers) if others else None
         self._feedback = ErrorFeedback(self._switch or makers[first]())
         self._all = [Choice(entry, overlap) for entry in makers for overlap in overlaps]
-        self._plain = [choice for choice in self._all if choice.entry == first]
         self._plain_updates = plain_updates
-        self._to_know = KNOWN * len(self._plain) if others else 0  # plain updates to be measured, whenever
         self._buckets: dict[str, Bucket] = {}
         self._size = 0
         self._forget()
@@ -155,10 +153,13 @@ class Auto(Compressor):
         """Workers that meet know nothing of each other's looks."""
         self._settled: Choice | None = None  # the outcome of the last look at everything
         self._look_every = LOOK_EVERY
+        self._possible = self._all
         self._begin()
 
     def _begin(self) -> None:
         """Forgets everything measured."""
+        self._plain = [choice for choice in self._possible if choice.entry == self._all[0].entry]
+        self._to_know = KNOWN * len(self._plain) if self._switch is not None else 0  # plain updates to be measured, whenever
         self._choice = self._plain[0]
         self._trials: Trials | None = None
         self._plain_tails_s: dict[Choice, list[float]] = {choice: [] for choice in self._plain}
@@ -221,18 +222,18 @@ class Auto(Compressor):
 
     def _look(self, comm: Comm) -> None:
         """Chooses whom to try."""
-        choices, known = self._all, {}
+        choices, known = self._possible, {}
         if self._switch is not None:
             link, costs = probe_link(comm, self._device), probe_costs(self._makers, list(self._buckets.values()), comm)
             self._link, self._plain_bytes = link, costs[self._plain[0].entry].wire_bytes
             # The quicker, where buckets leave at both times: an exchange beside it slows backward down on a CPU.
             backward_s = min(statistics.median(times_s) for times_s in self._plain_backward_s.values())
-            predicted = {choice: predicted_tail_s(choice, costs[choice.entry], link, backward_s) for choice in self._all}
-            in_order = sorted(self._all, key=predicted.__getitem__)
+            predicted = {choice: predicted_tail_s(choice, costs[choice.entry], link, backward_s) for choice in self._possible}
+            in_order = sorted(self._possible, key=predicted.__getitem__)
             plain = min(self._plain, key=lambda choice: min(self._plain_tails_s[choice]))
             others = [choice for choice in in_order if choice != plain and predicted[choice] <= WORTH_TRYING * predicted[in_order[0]]]
             worth_trying = [plain, *others][:MOST_CHOICES]
-            choices = [choice for choice in self._all if choice in worth_trying]
+            choices = [choice for choice in self._possible if choice in worth_trying]
             known = {choice: times_s[-KNOWN:] for choice, times_s in self._plain_tails_s.items()}
             log.info(
                 "compression: backward %.0f ms, link %.1f MB/s and %.2f ms; predicted %s",
@@ -268,16 +269,22 @@ class Auto(Compressor):
         self._since_probe_s += median_s * self._look_every
         if differ(median_s, self._reference_s, self._reference_s):
             log.info("compression: backward to sums takes %.0f ms instead of %.0f: looking again", median_s * 1e3, self._reference_s * 1e3)
-            self._begin()
+            self._look_again(comm)
         elif self._link is not None and self._link.probe_s <= PROBE_SHARE * self._since_probe_s:
-            self._watch_link(self._link, probe_link(comm, self._device))
+            self._watch_link(self._link, probe_link(comm, self._device), comm)
 
-    def _watch_link(self, before: Link, now: Link) -> None:
+    def _watch_link(self, before: Link, now: Link, comm: Comm) -> None:
         """Whether plain sums would take another time on the link, by so much that it matters beside the tail."""
         self._since_probe_s = 0.0
         if differ(now.time_s(self._plain_bytes), before.time_s(self._plain_bytes), self._reference_s):
             log.info("compression: the link has %.1f MB/s instead of %.1f: looking again", now.bytes_per_s / 1e6, before.bytes_per_s / 1e6)
-            self._begin()
+            self._look_again(comm)
+
+    def _look_again(self, comm: Comm) -> None:
+        """Begins anew. Where a worker's exchange gave way to computing for good, nothing leaves during backward any more: it would starve."""
+        if agreed([float(comm.gave_way_for_good())], comm)[0]:
+            self._possible = [choice for choice in self._possible if not choice.overlap]
+        self._begin()
 
     def state_dict(self) -> dict[str, Any]:
         return self._feedback.state_dict()

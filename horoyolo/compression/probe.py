@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from horoyolo.compression.base import Bucket, Comm, Lossy, ring_bytes
+from horoyolo.compression.topk import BLOCK
 
 PROBE_BYTES, MOST_PROBE_BYTES = 1 << 20, 1 << 24
 CLEAR = 4  # times the latency that a probe of the bandwidth takes, unless its bytes are the most: latencies vary by Horovod's cycle
@@ -91,12 +92,11 @@ def measure_cost(lossy: Lossy, buckets: list[Bucket], comm: Comm) -> Cost:
 
 
 class _Copy:
-    """A bucket with memory of its own, a little longer: the parts of all workers are alike, as the echo pretends."""
+    """A bucket with memory of its own, and longer by a block for each worker: where parts differ there are zeros then, which nobody selects."""
 
     def __init__(self, bucket: Bucket, size: int):
         self.name, self.params = bucket.name, bucket.params
-        multiple = 4096 * size
-        self.flat = bucket.flat.new_zeros(-(-bucket.flat.numel() // multiple) * multiple)
+        self.flat = bucket.flat.new_zeros(bucket.flat.numel() + BLOCK * size)
         self.grads = [self.flat.as_strided(grad.shape, grad.stride(), grad.storage_offset()) for grad in bucket.grads]
 
 
@@ -120,6 +120,9 @@ class EchoComm:
 
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _Echo:
         return _Echo((tensor, list(splits)))  # from each what it was sent: workers send themselves nothing
+
+    def gave_way_for_good(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,10 @@ class Comm(ABC):
         """
 
     @abstractmethod
+    def gave_way_for_good(self) -> bool:
+        """Whether this worker has given way and cannot take it back: what is to move beside computing is starved from now on."""
+
+    @abstractmethod
     def close(self) -> None:
         """End communication; no collective may follow."""
 
@@ -187,6 +191,9 @@ class LocalComm(Comm):
     def give_way(self, wanted: bool, for_good: bool) -> None:
         pass
 
+    def gave_way_for_good(self) -> bool:
+        return False
+
     def close(self) -> None:
         pass
 
@@ -260,8 +267,11 @@ class HorovodComm(Comm):
     def give_way(self, wanted: bool, for_good: bool) -> None:
         if wanted == self._gives_way or (wanted and not for_good and not self._can_raise):
             return
-        self._gives_way = wanted
-        _set_nice(self._threads, LOWEST_NICE if wanted else os.getpriority(os.PRIO_PROCESS, 0))
+        if _set_nice(self._threads, LOWEST_NICE if wanted else os.getpriority(os.PRIO_PROCESS, 0)):
+            self._gives_way = wanted
+
+    def gave_way_for_good(self) -> bool:
+        return self._gives_way and not self._can_raise
 
     @cached_property
     def _can_raise(self) -> bool:

@@ -102,5 +102,8 @@ class ElasticComm(Comm):
     def give_way(self, wanted: bool, for_good: bool) -> None:
         self._comm.give_way(wanted, for_good)
 
+    def gave_way_for_good(self) -> bool:
+        return self._comm.gave_way_for_good()
+
     def close(self) -> None:
         self.leave()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -173,6 +175,26 @@ def test_a_link_that_became_fast_is_noticed_though_the_tail_is_the_same(known_co
     assert run_threads(2, work)[0] == ({"powersgd"}, {"none"})
 
 
+def test_where_one_worker_has_given_way_for_good_none_leaves_during_backward_again(known_costs):
+    """Its threads would be starved: what they took would say nothing of the link."""
+    tails_s = {name: 1.0 + number for number, name in enumerate(reversed(COMPRESSORS))}
+
+    def work(comm: ThreadComm) -> tuple[list[Choice], ...]:
+        compressor, before = drive(comm, tails_s, 100)
+        comm.is_starved = comm.rank() == 1
+        _, after = drive(comm, {name: 2 * tail_s for name, tail_s in tails_s.items()}, 2 * LOOK_EVERY + 60, compressor)
+        assert compressor.settled()
+        compressor.reset()
+        return before, after[2 * LOOK_EVERY :], drive(comm, tails_s, 60, compressor)[1]
+
+    seen = run_threads(2, work)
+    assert seen[0] == seen[1]
+    before, after, anew = ([choice.overlap for choice in choices] for choices in seen[0])
+    assert any(before)
+    assert not any(after)
+    assert any(anew), "other threads move the bytes of other generations"
+
+
 @pytest.mark.parametrize(("bytes_per_s", "largest"), [(2e6, 1 << 20), (1e8, 1 << 22), (1e11, 1 << 24)])
 def test_a_fast_link_is_probed_with_more_bytes(monkeypatch, bytes_per_s, largest):
     """Few would say little beside a latency of 10 ms that varies."""
@@ -289,15 +311,31 @@ def test_prediction_follows_the_model():
 @pytest.mark.parametrize("name", COMPRESSORS)
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_measured_costs_are_those_of_a_real_update(name, size):
-    """Without a network the bytes are what an update of equal workers sends, and the gradients are left alone."""
-    buckets = buckets_of([(40, 30), (50,)])
-    for bucket in buckets:
-        bucket.flat.copy_(torch.randn(bucket.flat.numel(), generator=torch.Generator().manual_seed(0)))
-    before = [bucket.flat.clone() for bucket in buckets]
-    cost = measure_cost(COMPRESSORS[name](Comms(warmup_updates=0)), buckets, EchoComm(size))
-    assert all(torch.equal(bucket.flat, flat) for bucket, flat in zip(buckets, before, strict=True))
-    assert cost.wire_bytes > 0
+    """Without a network the bytes are about what an update of equal workers sends, and the gradients are left alone."""
+    settings, gradient = Comms(warmup_updates=0), torch.randn(300 * 400 + 500, generator=torch.Generator().manual_seed(0))
+
+    def work(comm: ThreadComm) -> int:
+        compressor, buckets = build_compressor(replace(settings, compression=name)), buckets_of([(300, 400), (500,)])
+        for _ in range(2):
+            take_update(compressor, buckets, [gradient], comm)
+        return sum(round_.declared_bytes for _ in range(2) for round_ in take_update(compressor, buckets, [gradient], comm)) // 2
+
+    buckets = buckets_of([(300, 400), (500,)])
+    buckets[0].flat.copy_(gradient)
+    cost = measure_cost(COMPRESSORS[name](settings), buckets, EchoComm(size))
+    assert torch.equal(buckets[0].flat, gradient)
+    assert cost.wire_bytes == pytest.approx(max(run_threads(size, work)), rel=0.15)
     assert (cost.codec_s > 0) == (name != "none")
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("size", [2, 3, 5, 11])
+@pytest.mark.parametrize("short", [0, 100, 255])
+def test_costs_are_measured_where_parts_of_workers_are_not_equally_long(name, size, short):
+    """What an owner has more than others is not selected: it would be looked for in the parts of others too."""
+    buckets = buckets_of([(4 * 4096 * size - 100 - short,), (100,)])
+    buckets[0].flat.copy_(torch.randn(buckets[0].flat.numel(), generator=torch.Generator().manual_seed(short)))
+    assert measure_cost(COMPRESSORS[name](Comms(warmup_updates=0)), buckets, EchoComm(size)).wire_bytes > 0
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -42,12 +42,16 @@ class ThreadComm:
         self._board, self._rank = board, rank
         self._uses: dict[str, int] = defaultdict(int)
         self.sent_bytes = 0
+        self.is_starved = False
 
     def rank(self) -> int:
         return self._rank
 
     def size(self) -> int:
         return self._board.size
+
+    def gave_way_for_good(self) -> bool:
+        return self.is_starved
 
     def allreduce_async(self, tensor: Tensor, name: str, op: Literal["sum", "max"] = "sum") -> _Handle:
         assert tensor.dtype in (torch.float32, torch.float64, torch.float16, torch.int32, torch.int64), "what Horovod reduces"

@@ -145,6 +145,7 @@ def test_threads_that_horovod_started_give_way_and_no_longer(monkeypatch, horovo
         comm.give_way(wanted, for_good)
         seen.append(niceness.of[thread])
     assert seen == [LOWEST_NICE, LOWEST_NICE, 0, LOWEST_NICE, 0]
+    assert not comm.gave_way_for_good()
     assert niceness.of.keys() <= {0, thread}, "no other thread of this process"
 
 
@@ -153,10 +154,12 @@ def test_threads_whose_priority_cannot_come_back_give_way_for_good_only(monkeypa
     niceness = Niceness(monkeypatch, may_raise=False)
     comm.give_way(True, for_good=False)
     assert niceness.of[thread] < LOWEST_NICE
+    assert not comm.gave_way_for_good()
     comm.give_way(True, for_good=True)
     assert niceness.of[thread] == LOWEST_NICE
     comm.give_way(False, for_good=True)  # refused, and nothing is lost but speed
     assert niceness.of[thread] == LOWEST_NICE
+    assert comm.gave_way_for_good()
 
 
 def test_a_thread_that_ended_is_no_obstacle(horovods_thread):
