@@ -39,7 +39,7 @@ TRAIN_FLAGS = (
     Flag(("--seed",), "seed", "seed of everything random"),
     Flag(("--sync-bn",), "comms.sync_bn", "BatchNorm over the global batch", switch=True),
     Flag(("--resume",), "resume", "auto (go on with --name if it is there), a run folder, a checkpoint; bare: newest run", optional="newest"),
-    Flag(("--compression",), "comms.compression", "how gradients are compressed: none, fp16, bf16, int8, onebit, powersgd, topk, auto"),
+    Flag(("--compression",), "comms.compression", "how gradients are compressed: none, fp16, bf16, int8, onebit, topk, powersgd, auto"),
     Flag(("--precision",), "precision", "fp32, bf16, fp16 (GPU) or auto"),
     Flag(("--optimizer",), "optim.optimizer", "sgd or adamw"),
     Flag(("--cos-lr",), "optim.cos_lr", "cosine instead of linear decay", switch=True),
