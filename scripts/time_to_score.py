@@ -4,7 +4,8 @@
 
 As root (scripts/setup_lab.sh). On the link a plain exchange takes ``--link-ratio`` times as long as a step computes. Plain sums have the same bits on
 any link: plain trainings run on this machine, and the first epochs of one on the slow link too, which tells how long epochs take there, and where
-losses must be the same. The others run on the slow link from start to end. Times are from the start to the end of an evaluation.
+losses must be the same. The others run on the slow link from start to end, for ``--entry-epochs`` where that is given: who saves time may spend
+some of it on more epochs. Times are from the start to the end of an evaluation.
 
 Scores of one training differ from another's by chance as much as entries do: times and scores are means over seeds, evaluation by evaluation.
 A training that is finished is not repeated: the script can be started again with more entries or seeds.
@@ -40,10 +41,12 @@ def main() -> int:
     parser = training_flags(__doc__, epochs="60")
     parser.add_argument("--entries", nargs="+", default=["auto"], help="beside none")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
+    parser.add_argument("--entry-epochs", help="of the entries, where they are to train longer or shorter than none")
     parser.add_argument("--link-ratio", type=float, default=4)
     parser.add_argument("--slow-epochs", type=int, default=5, help="of the plain training on the slow link")
     parser.add_argument("--every", default="2", help="epochs between evaluations")
     parsed = parser.parse_args()
+    entry_epochs = parsed.entry_epochs or parsed.epochs
 
     if parsed.slow_epochs <= int(parsed.every):
         parser.error(f"--slow-epochs {parsed.slow_epochs}: more than --every {parsed.every} are wanted, the first one is not counted")
@@ -60,18 +63,20 @@ def main() -> int:
         check_same_losses(begun, plain[0])
         for seed in parsed.seeds:
             for entry in parsed.entries:
-                run = parsed.out / run_name(entry, seed)
-                whole_training(lab, train_words(parsed, run.name, seed, parsed.every, entry), run, int(parsed.epochs))
+                run = parsed.out / run_name(entry, entry_epochs, seed)
+                whole_training(lab, train_words(parsed, run.name, seed, parsed.every, entry, entry_epochs), run, int(entry_epochs))
 
     of_plain = [as_on_slow_link(rows_of(run / "results.csv"), rows_of(begun / "results.csv")) for run in plain]
-    of_others = {entry: [rows_of(parsed.out / run_name(entry, seed) / "results.csv") for seed in parsed.seeds] for entry in parsed.entries}
+    of_others = {
+        entry: [rows_of(parsed.out / run_name(entry, entry_epochs, seed) / "results.csv") for seed in parsed.seeds] for entry in parsed.entries
+    }
     print_table({entry: mean_scores([timed_scores(epochs) for epochs in runs]) for entry, runs in {"none": of_plain, **of_others}.items()}, rate)
     return 0
 
 
-def run_name(entry: str, seed: str) -> str:
+def run_name(entry: str, epochs: str, seed: str) -> str:
     """Of a training on the slow link."""
-    return f"{entry}-slow-seed{seed}"
+    return f"{entry}-slow-{epochs}-seed{seed}"
 
 
 def slow_rate(steps: Rows, ratio: float) -> str:

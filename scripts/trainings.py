@@ -22,10 +22,13 @@ def training_flags(description: str | None, epochs: str) -> argparse.ArgumentPar
     return parser
 
 
-def train_words(parsed: argparse.Namespace, name: str, seed: str, every: str, compression: str = "none") -> list[str]:
+def train_words(
+    parsed: argparse.Namespace, name: str, seed: str, every: str, compression: str = "none", epochs: str | None = None
+) -> list[str]:
     """The words after ``launch ... --`` of the training called ``name``, which is evaluated after ``every`` so many epochs."""
     words = ["train", "--data", str(Path(parsed.data).absolute()), "--cfg", parsed.cfg, "--img", parsed.img, "--batch", parsed.batch]
-    words += ["--epochs", parsed.epochs, "--seed", seed, "--compression", compression, "--project", str(parsed.out.absolute()), "--name", name]
+    words += ["--epochs", epochs or parsed.epochs, "--seed", seed, "--compression", compression]
+    words += ["--project", str(parsed.out.absolute()), "--name", name]
     return [*words, *(word for setting in [*parsed.set, f"evaluate_every={every}"] for word in ("--set", setting))]
 
 
