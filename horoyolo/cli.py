@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from horoyolo import __version__
-from horoyolo.config import InputError
+from horoyolo.config import Config, InputError, check_elastic
 from horoyolo.files import atomic_file
 from horoyolo.flags import describe_train, train_config
 from horoyolo.launch.status import announce_worker, report_status
@@ -74,8 +74,9 @@ class _Parser(argparse.ArgumentParser):
 
 # Flags of YOLOv5 and of later versions that a user may bring along.
 NOT_YET = (
-    *("--nosave", "--noval", "--noplots", "--evolve", "--bucket"),
-    *("--single-cls", "--quad", "--save-period", "--entity", "--pipeline-stages"),
+    *("--nosave", "--noval", "--noplots", "--evolve", "--evolve_population", "--resume_evolve", "--bucket"),
+    *("--single-cls", "--quad", "--save-period", "--entity", "--upload_dataset", "--bbox_interval", "--artifact_alias"),
+    *("--ndjson-console", "--ndjson-file", "--local_rank", "--pipeline-stages"),
 )
 
 
@@ -204,16 +205,16 @@ def _launch(parsed: argparse.Namespace) -> int:
     if words[:1] != ["train"]:
         raise InputError(f"launch: -- train ... is wanted behind the flags of launch, not {' '.join(words) or 'nothing'!r}")
     if is_elastic(parsed):
-        check_job(words, parsed.max_np or parsed.min_np)
+        check_elastic(check_job(words, parsed.max_np or parsed.min_np))
         return launch_elastic(parsed, words)
     if parsed.slurm and parsed.script:
         check_job(words, num_workers=1)
         return write_batch(parsed, words)
     hosts = chosen_hosts(parsed, os.environ)
-    data = check_job(words, sum(host.slots for host in hosts))
+    config = check_job(words, sum(host.slots for host in hosts))
     try:
         if parsed.stage:
-            words = [*words, "--data", _staged(data, parsed, hosts)]
+            words = [*words, "--data", _staged(config.data, parsed, hosts)]
         return launch(parsed, words, hosts)
     except LaunchError as error:
         print(f"horoyolo: error: {error}", file=sys.stderr)
@@ -229,8 +230,8 @@ def _staged(data: str, parsed: argparse.Namespace, hosts: Sequence[Host]) -> str
     return stage_data(plan_layout(load_data_spec(data)), parsed, hosts)
 
 
-def check_job(words: list[str], num_workers: int) -> str:
-    """Raises InputError for what can be seen to be wrong with a job before any worker is started; imports no torch. Gives its data.yaml."""
+def check_job(words: list[str], num_workers: int) -> Config:
+    """Raises InputError for what can be seen to be wrong with a job before any worker is started; imports no torch. Gives its configuration."""
     parsed, unknown = build_parser().parse_known_args(words)
     if unknown:
         raise InputError(unknown_flag(parsed.command, unknown[0]))
@@ -240,7 +241,7 @@ def check_job(words: list[str], num_workers: int) -> str:
     from horoyolo.data.spec import load_data_spec
 
     load_data_spec(config.data)
-    return config.data
+    return config
 
 
 def _describe_doctor(parser: _Parser) -> None:

@@ -76,7 +76,7 @@ class Input:
 class Optim:
     """How gradients become new weights."""
 
-    optimizer: str = "sgd"  # sgd or adamw
+    optimizer: str = "sgd"  # sgd, adam or adamw
     cos_lr: bool = False  # cosine instead of linear decay
     nominal_batch: int = 64  # images an update; 0: an update every global batch
     clip_norm: float = 10.0  # largest global norm of an update's gradient; 0: no clipping
@@ -193,6 +193,8 @@ def _replaced(tree: Any, path: list[str], value: Any, key: str, where: str) -> A
         return dataclasses.replace(tree, **{head: _replaced(current, rest, value, key, where)})
     if rest:
         raise InputError(f"{where}: unknown key {key!r}; {head!r} holds a single value")
+    if key in _CHOICES and isinstance(value, str):
+        value = value.lower()  # YOLOv5 writes SGD, Adam, AdamW
     return dataclasses.replace(tree, **{head: _converted(value, hints[head], key, where)})
 
 
@@ -262,7 +264,7 @@ def load(path: str | Path) -> Config:
 
 _CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
-    "optim.optimizer": ("sgd", "adamw"),
+    "optim.optimizer": ("sgd", "adam", "adamw"),
     "input.cache": ("none", "ram", "disk"),
     "input.sampling": ("uniform", "classes", "images"),
     "comms.overlap": ("auto", "yes", "no"),
@@ -329,3 +331,9 @@ def validate(config: Config) -> None:
     for name in _PROBABILITIES:
         if not 0 <= getattr(config.hyp, name) <= 1:
             raise InputError(f"hyp.{name} = {getattr(config.hyp, name)}; a probability from 0 to 1 is wanted")
+
+
+def check_elastic(config: Config) -> None:
+    """Raises InputError for what a job can't have whose workers come and go."""
+    if config.batch == AUTO_BATCH:
+        raise InputError("--batch -1 in an elastic job: workers that come later would find another size; name one (bench step --img lists what fits)")

@@ -41,7 +41,7 @@ TRAIN_FLAGS = (
     Flag(("--resume",), "resume", "auto (go on with --name if it is there), a run folder, a checkpoint; bare: newest run", optional="newest"),
     Flag(("--compression",), "comms.compression", "how gradients are compressed: none, fp16, bf16, int8, onebit, topk, powersgd, auto"),
     Flag(("--precision",), "precision", "fp32, bf16, fp16 (GPU) or auto"),
-    Flag(("--optimizer",), "optim.optimizer", "sgd or adamw"),
+    Flag(("--optimizer",), "optim.optimizer", "sgd, adam or adamw"),
     Flag(("--cos-lr",), "optim.cos_lr", "cosine instead of linear decay", switch=True),
     Flag(("--label-smoothing",), "hyp.label_smoothing", "0 to 1"),
     Flag(("--sampling",), "input.sampling", "uniform, or draw rare classes (classes) or rare and badly found ones (images) more often"),

@@ -1,6 +1,6 @@
 """How much sooner does a compressed training reach the score that a plain one ends with, on a slow link? Two hosts of a lab, a worker on each.
 
-    python scripts/time_to_score.py --data bccd/data.yaml --out runs/accuracy [--entries auto powersgd] [--seeds 0 1 2] [--set hyp.lr0=0.02 ...]
+    python scripts/time_to_score.py --data bccd/data.yaml --out runs/time [--entries auto powersgd] [--seeds 0 1 2] [--set hyp.lr0=0.02 ...]
 
 As root (scripts/setup_lab.sh). On the link a plain exchange takes ``--link-ratio`` times as long as a step computes. Plain sums have the same bits on
 any link: plain trainings run on this machine, and the first epochs of one on the slow link too, which tells how long epochs take there, and where
@@ -8,7 +8,8 @@ losses must be the same. The others run on the slow link from start to end, for 
 some of it on more epochs. Times are from the start to the end of an evaluation.
 
 Scores of one training differ from another's by chance as much as entries do: times and scores are means over seeds, evaluation by evaluation.
-A training that is finished is not repeated: the script can be started again with more entries or seeds.
+A training that is finished is not repeated: the script can be started again with more entries or seeds, but not on trainings of another script,
+which are evaluated at other epochs.
 """
 
 from __future__ import annotations

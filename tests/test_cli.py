@@ -141,6 +141,22 @@ def test_launch_checks_the_job_first(dataset: Path, here: Path, capsys: pytest.C
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["-np", 2], ["--stage", "/scratch"], ["--transport", "mpi"], ["--nic", "ib0"], ["--ssh-port", 2222], ["--ssh-identity", "key"]],
+    ids=lambda words: words[0],
+)
+def test_a_batch_script_leaves_out_nothing_that_was_asked_for(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str], words: list) -> None:
+    assert f"{words[0]} has no place" in refused(capsys, "launch", "--slurm", "--script", "a.sbatch", *words, "--", *train(dataset))
+    assert list(here.iterdir()) == []
+
+
+def test_an_elastic_job_names_its_batch(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for script in (["--dry-run"], ["--slurm", "--script", "a.sbatch"]):
+        assert "--batch -1 in an elastic job" in refused(capsys, "launch", "--min-np", 2, *script, "--", *train(dataset, "--auto-batch"))
+    assert list(here.iterdir()) == []
+
+
 def test_a_dry_run_prints_what_would_run(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["launch", "-np", "2", "--dry-run", "--", *map(str, train(dataset, "--batch", 2))]) == 0
     line = capsys.readouterr().out

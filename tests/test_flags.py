@@ -27,3 +27,9 @@ def test_a_found_batch_is_that_of_the_run_from_then_on(tmp_path: Path, monkeypat
     (folder / "config.yaml").write_text(configuration.dump(Config(data="d.yaml", cfg="yolov5n", batch=48)))
     assert train_config(build_parser().parse_args([*words, "auto"])).batch == 48
     assert train_config(build_parser().parse_args(["train", "--data", "d.yaml", "--cfg", "yolov5n", "--batch", "-1"])).batch == -1
+
+
+@pytest.mark.parametrize(("word", "optimizer"), [("SGD", "sgd"), ("Adam", "adam"), ("AdamW", "adamw"), ("adamw", "adamw")])
+def test_optimizers_are_named_as_in_yolov5(word: str, optimizer: str) -> None:
+    words = ["train", "--data", "d.yaml", "--cfg", "yolov5n", "--optimizer", word]
+    assert train_config(build_parser().parse_args(words)).optim.optimizer == optimizer

@@ -25,11 +25,11 @@ def _uncompiled(optimizer: type[T]) -> type[T]:
     return type(optimizer.__name__, (optimizer,), {**plain, "step": torch.no_grad()(inspect.unwrap(optimizer.step))})
 
 
-SGD, AdamW = _uncompiled(torch.optim.SGD), _uncompiled(torch.optim.AdamW)
+SGD, Adam, AdamW = _uncompiled(torch.optim.SGD), _uncompiled(torch.optim.Adam), _uncompiled(torch.optim.AdamW)
 
 
 def build_optimizer(model: YOLO, optim: Optim, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    """SGD or AdamW over three kinds of parameters, of the backbone and of the head: weights, which decay; scales of normalisation layers and
+    """SGD, Adam or AdamW over three kinds of parameters, of the backbone and of the head: weights, which decay; scales of normalisation layers and
     biases, which do not. Frozen ones are in no group.
     """
     groups: dict[tuple[str, str], list[nn.Parameter]] = {(part, kind): [] for part in ("backbone", "head") for kind in ("weight", "norm", "bias")}
@@ -41,6 +41,6 @@ def build_optimizer(model: YOLO, optim: Optim, lr: float, momentum: float, weigh
     decays = {"weight": weight_decay, "norm": 0.0, "bias": 0.0}
     options = [{"params": params, "part": part, "kind": kind, "weight_decay": decays[kind]} for (part, kind), params in groups.items() if params]
     # One fused pass over parameter, gradient and momentum: on a CPU several times the speed of the plain loop.
-    if optim.optimizer == "adamw":
-        return AdamW(options, lr=lr, betas=(momentum, 0.999), fused=True)
+    if optim.optimizer != "sgd":
+        return {"adam": Adam, "adamw": AdamW}[optim.optimizer](options, lr=lr, betas=(momentum, 0.999), fused=True)
     return SGD(options, lr=lr, momentum=momentum, nesterov=True, fused=True)

@@ -54,7 +54,7 @@ class Schedule:
 
     @property
     def _rule(self) -> float:
-        return math.sqrt(self.beyond_nominal) if self.optim.optimizer == "adamw" else 1 / math.sqrt(self.beyond_nominal)
+        return 1 / math.sqrt(self.beyond_nominal) if self.optim.optimizer == "sgd" else math.sqrt(self.beyond_nominal)
 
     @property
     def clip_norm(self) -> float:

@@ -13,7 +13,7 @@ import cv2
 import torch
 
 from horoyolo import __version__
-from horoyolo.config import AUTO_BATCH, Config, InputError
+from horoyolo.config import AUTO_BATCH, Config, InputError, check_elastic
 from horoyolo.data.cache import Beat, nothing
 from horoyolo.data.loader import ending
 from horoyolo.data.scan import Split, scan_split
@@ -82,8 +82,7 @@ def start_training(config: Config, on_ready: Callable[[], None], elastic: bool =
 
 def start_member(config: Config, spec: DataSpec, model: YOLO, member: Member, on_ready: Callable[[], None]) -> bool:
     """As ``start_training``, among workers that come and go. All that takes long is done before the others are asked for a place."""
-    if config.batch == AUTO_BATCH:
-        raise InputError("--batch -1 in an elastic job: workers that come later would find another size; name one (bench step --img lists what fits)")
+    check_elastic(config)
     if int(os.environ.get("HOROVOD_CROSS_SIZE", "1")) > 1:
         look_up_own_name(several_hosts=True)  # now: in a generation it would break the others' work
     start_logs(rank=None, size=2)

@@ -99,9 +99,25 @@ def write_batch(parsed: argparse.Namespace, words: Sequence[str], elastic: Seque
 
     ``elastic`` are the flags of ``launch`` for an elastic job.
     """
+    check_batch_flags(parsed)
     options = slurm_options(parsed)
     env = {**travelling_env(os.environ, parsed.variables), **worker_env(options.workers_per_node, None, os.environ)}
     return write_script(parsed.script, render_batch(words, options, chosen_launcher(parsed), env, str(Path.cwd()), sys.executable, elastic))
+
+
+def check_batch_flags(parsed: argparse.Namespace) -> None:
+    """Raises InputError for flags of ``launch`` that a batch script of --slurm has no place for."""
+    for flag, is_given in (
+        ("-np", parsed.num_proc is not None),
+        ("--stage", parsed.stage is not None),
+        ("--transport", parsed.transport != "gloo"),
+        ("--nic", bool(parsed.nic)),
+        ("--ssh-port", parsed.ssh_port is not None),
+        ("--ssh-identity", bool(parsed.ssh_identity)),
+        ("--slots-per-host", parsed.slots_per_host is not None),
+    ):
+        if is_given:
+            raise InputError(f"{flag} has no place in the script of --slurm --script; `horoyolo launch --slurm` in a script of your own takes it")
 
 
 def chosen_launcher(parsed: argparse.Namespace) -> str:

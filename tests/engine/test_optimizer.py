@@ -11,7 +11,7 @@ from horoyolo.config import Optim
 from horoyolo.engine.optimizer import build_optimizer
 from horoyolo.model.yolo import YOLO, build_model
 
-SGD, ADAMW = Optim(optimizer="sgd"), Optim(optimizer="adamw")
+OPTIMIZERS = [Optim(optimizer=name) for name in ("sgd", "adam", "adamw")]
 
 
 def learn(model: YOLO, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -23,14 +23,14 @@ def learn(model: YOLO, optimizer: torch.optim.Optimizer, steps: int) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("optim", [SGD, ADAMW], ids=lambda optim: optim.optimizer)
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda optim: optim.optimizer)
 def test_steps_are_those_of_torch(optim: Optim) -> None:
     model = build_model("yolov5n", 2)
     twin = copy.deepcopy(model)
     ours = build_optimizer(model, optim, 0.01, 0.9, 0.001)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [{**group, "params": [twin.get_parameter(names[parameter]) for parameter in group["params"]]} for group in ours.param_groups]
-    plain = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optim.optimizer](groups)
+    plain = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optim.optimizer](groups)
     learn(model, ours, 3)
     learn(twin, plain, 3)
     for name, parameter in twin.named_parameters():
@@ -38,7 +38,7 @@ def test_steps_are_those_of_torch(optim: Optim) -> None:
     assert ours.state_dict()["state"].keys() == plain.state_dict()["state"].keys()
 
 
-@pytest.mark.parametrize("optim", [SGD, ADAMW], ids=lambda optim: optim.optimizer)
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda optim: optim.optimizer)
 def test_state_goes_on_where_it_was(optim: Optim) -> None:
     model = build_model("yolov5n", 2)
     first = build_optimizer(model, optim, 0.01, 0.9, 0.001)

@@ -55,7 +55,7 @@ def test_accumulation_can_be_turned_off() -> None:
     assert plan.weight_decay == 0.0005
 
 
-@given(st.integers(1, 64), st.sampled_from(["sgd", "adamw"]))
+@given(st.integers(1, 64), st.sampled_from(["sgd", "adam", "adamw"]))
 def test_up_to_the_nominal_batch_nothing_is_scaled(batch: int, optimizer: str) -> None:
     plan = schedule(batch=batch, optimizer=optimizer)
     assert (plan.peak_lr, plan.clip_norm, plan.warmup_batches) == (0.01, 10.0, 150)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horoyolo.config import InputError
+from horoyolo.launch.environment import worker_env
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.job import Job
 from horoyolo.launch.slurm import SlurmOptions, describe_slurm, render_batch, slurm_options, srun_command
@@ -36,7 +37,8 @@ CASES = {
 
 
 def test_the_script_to_read_is_the_one_that_launch_writes(equals_file):
-    equals_file(render_batch(TRAIN, FULL, "slurm", ENV, "/home/ann/blood", "/opt/horoyolo/bin/python"), ROOT / "scripts" / "train_slurm.sbatch")
+    env = {"NCCL_DEBUG": "WARN", **worker_env(8, None, {})}
+    equals_file(render_batch(TRAIN, FULL, "slurm", env, "/home/ann/blood", "/opt/horoyolo/bin/python"), ROOT / "scripts" / "train_slurm.sbatch")
 
 
 @pytest.mark.parametrize("case", CASES)
