@@ -35,7 +35,8 @@ POLL_S = 0.2
 STOPPED = 75  # exit status: on request, with a checkpoint
 
 Rows = list[dict[str, str]]
-Scores = list[tuple[float, float]]  # (seconds since the start, AP50) of each evaluation
+Scores = list[tuple[float, float]]  # (seconds since the start, score) of each evaluation
+SCORES = {"AP50": "map50", "AP": "map50_95"}  # and their columns of results.csv; chance has a smaller part in AP, a mean over ten thresholds
 
 
 def main() -> int:
@@ -71,7 +72,10 @@ def main() -> int:
     of_others = {
         entry: [rows_of(parsed.out / run_name(entry, entry_epochs, seed) / "results.csv") for seed in parsed.seeds] for entry in parsed.entries
     }
-    print_table({entry: mean_scores([timed_scores(epochs) for epochs in runs]) for entry, runs in {"none": of_plain, **of_others}.items()}, rate)
+    print(f"link of {rate}")
+    for name, column in SCORES.items():
+        scores = {entry: [timed_scores(epochs, column) for epochs in runs] for entry, runs in {"none": of_plain, **of_others}.items()}
+        print_table(name, {entry: mean_scores(of_seeds) for entry, of_seeds in scores.items()})
     return 0
 
 
@@ -134,10 +138,10 @@ def as_on_slow_link(epochs: Rows, slow_epochs: Rows) -> Rows:
     return [{**row, "seconds": str(median(seconds[bool(row["map50"])]))} for row in epochs]
 
 
-def timed_scores(epochs: Rows) -> Scores:
+def timed_scores(epochs: Rows, column: str) -> Scores:
     """When a training had each of its scores."""
     ends_s = accumulate(float(row["seconds"]) for row in epochs)
-    return [(end_s, float(row["map50"])) for row, end_s in zip(epochs, ends_s, strict=True) if row["map50"]]
+    return [(end_s, float(row[column])) for row, end_s in zip(epochs, ends_s, strict=True) if row[column]]
 
 
 def mean_scores(of_seeds: list[Scores]) -> Scores:
@@ -145,12 +149,12 @@ def mean_scores(of_seeds: list[Scores]) -> Scores:
     return [(mean(seconds for seconds, _ in each), mean(score for _, score in each)) for each in zip(*of_seeds, strict=True)]
 
 
-def print_table(scores: dict[str, Scores], rate: str) -> None:
+def print_table(name: str, scores: dict[str, Scores]) -> None:
     """When each entry's mean score first was that with which none ends."""
     wanted = scores["none"][-1][1]
     plain_s = reached_s(scores["none"], wanted)
     assert plain_s is not None
-    print(f"link of {rate}; AP50 {wanted:.4f}, with which none ends")
+    print(f"{name} {wanted:.4f}, with which none ends")
     for entry, of_entry in scores.items():
         took_s = reached_s(of_entry, wanted)
         told = "never" if took_s is None else f"after {took_s:.0f} s, {plain_s / took_s:.2f} times as soon as none"
