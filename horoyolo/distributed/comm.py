@@ -265,7 +265,7 @@ class HorovodComm(Comm):
         return HorovodComm(self._hvd, self._hvd.add_process_set(list(ranks)), self._threads, self._waiting, self._is_stuck)
 
     def give_way(self, wanted: bool, for_good: bool) -> None:
-        if wanted == self._gives_way or (wanted and not for_good and not self._can_raise):
+        if wanted == self._gives_way or (wanted and not self._can_raise and not for_good):
             return
         if _set_nice(self._threads, LOWEST_NICE if wanted else os.getpriority(os.PRIO_PROCESS, 0)):
             self._gives_way = wanted
@@ -275,7 +275,7 @@ class HorovodComm(Comm):
 
     @cached_property
     def _can_raise(self) -> bool:
-        """Whether this user may give a thread its priority back. Asked by trying: capabilities, limits and namespaces have a say in it."""
+        """Whether this user may give a thread its priority back. Asked by trying, before any gave way: limits and namespaces have a say in it."""
         nice = os.getpriority(os.PRIO_PROCESS, 0)
         return _set_nice(self._threads, nice + 1) and _set_nice(self._threads, nice)
 

@@ -162,6 +162,14 @@ def test_threads_whose_priority_cannot_come_back_give_way_for_good_only(monkeypa
     assert comm.gave_way_for_good()
 
 
+def test_asking_whether_threads_gave_way_for_good_changes_none(monkeypatch, horovods_thread):
+    comm, thread = horovods_thread
+    niceness = Niceness(monkeypatch, may_raise=True)
+    comm.give_way(True, for_good=True)
+    assert not comm.gave_way_for_good()
+    assert niceness.of[thread] == LOWEST_NICE
+
+
 def test_a_thread_that_ended_is_no_obstacle(horovods_thread):
     comm, thread = horovods_thread
     comm._threads.add(2**30)
