@@ -22,9 +22,7 @@ def training_flags(description: str | None, epochs: str) -> argparse.ArgumentPar
     return parser
 
 
-def train_words(
-    parsed: argparse.Namespace, name: str, seed: str, every: str, compression: str = "none", epochs: str | None = None
-) -> list[str]:
+def train_words(parsed: argparse.Namespace, name: str, seed: str, every: str, compression: str = "none", epochs: str | None = None) -> list[str]:
     """The words after ``launch ... --`` of the training called ``name``, which is evaluated after ``every`` so many epochs."""
     words = ["train", "--data", str(Path(parsed.data).absolute()), "--cfg", parsed.cfg, "--img", parsed.img, "--batch", parsed.batch]
     words += ["--epochs", epochs or parsed.epochs, "--seed", seed, "--compression", compression]

@@ -102,9 +102,6 @@ class _TimedComm:
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _TimedHandle:
         return _TimedHandle(self.comm.alltoall_async(tensor, splits, name), self.costs)
 
-    def gave_way_for_good(self) -> bool:
-        return self.comm.gave_way_for_good()
-
 
 @dataclass(frozen=True)
 class _TimedHandle:

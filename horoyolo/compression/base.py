@@ -41,6 +41,11 @@ class Comm(Protocol):
     def allreduce_async(self, tensor: Tensor, name: str, op: Literal["sum", "max"] = "sum") -> Any: ...
     def allgather_async(self, tensor: Tensor, name: str) -> Any: ...
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Any: ...
+
+
+class MeasuringComm(Comm, Protocol):
+    """What a choice by measurement has to know besides."""
+
     def gave_way_for_good(self) -> bool: ...
 
 
@@ -78,7 +83,7 @@ class Compressor(ABC):
         """Whether that is how it stays, as far as is known."""
 
     @abstractmethod
-    def measured(self, tail_s: float, backward_s: float, comm: Comm) -> None:
+    def measured(self, tail_s: float, backward_s: float, comm: MeasuringComm) -> None:
         """What the update just committed cost this worker: from the start of its last backward to its sums, and that backward alone.
 
         Every worker calls it at the same update; collectives are allowed here, and only here.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from horoyolo.compression.base import Bucket, Comm, Compressor, Lossy, Pending
+from horoyolo.compression.base import Bucket, Comm, Compressor, Lossy, MeasuringComm, Pending
 
 
 class ErrorFeedback(Compressor):
@@ -62,7 +62,7 @@ class ErrorFeedback(Compressor):
     def settled(self) -> bool:
         return True
 
-    def measured(self, tail_s: float, backward_s: float, comm: Comm) -> None:
+    def measured(self, tail_s: float, backward_s: float, comm: MeasuringComm) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from horoyolo.compression.base import Bucket, Comm, Compressor, Lossy, Pending
+from horoyolo.compression.base import Bucket, Comm, Compressor, Lossy, MeasuringComm, Pending
 from horoyolo.compression.feedback import ErrorFeedback
 from horoyolo.compression.probe import Cost, Link, agreed, probe_costs, probe_link
 
@@ -197,7 +197,7 @@ class Auto(Compressor):
     def settled(self) -> bool:
         return len(self._all) == 1 or self._reference_s > 0
 
-    def measured(self, tail_s: float, backward_s: float, comm: Comm) -> None:
+    def measured(self, tail_s: float, backward_s: float, comm: MeasuringComm) -> None:
         if comm.size() == 1 or len(self._all) == 1:
             return
         if comm.size() != self._size:
@@ -260,7 +260,7 @@ class Auto(Compressor):
         described = ", ".join(f"{choice} {statistics.median(times) * 1e3:.0f} ms" for choice, times in tried.items() if times)
         log.info("compression: from now on %s; backward to sums took: %s", self._choice, described)
 
-    def _watch(self, tail_s: float, comm: Comm) -> None:
+    def _watch(self, tail_s: float, comm: MeasuringComm) -> None:
         self._settled_tails_s.append(tail_s)
         if len(self._settled_tails_s) < self._look_every:
             return
@@ -273,14 +273,14 @@ class Auto(Compressor):
         elif self._link is not None and self._link.probe_s <= PROBE_SHARE * self._since_probe_s:
             self._watch_link(self._link, probe_link(comm, self._device), comm)
 
-    def _watch_link(self, before: Link, now: Link, comm: Comm) -> None:
+    def _watch_link(self, before: Link, now: Link, comm: MeasuringComm) -> None:
         """Whether plain sums would take another time on the link, by so much that it matters beside the tail."""
         self._since_probe_s = 0.0
         if differ(now.time_s(self._plain_bytes), before.time_s(self._plain_bytes), self._reference_s):
             log.info("compression: the link has %.1f MB/s instead of %.1f: looking again", now.bytes_per_s / 1e6, before.bytes_per_s / 1e6)
             self._look_again(comm)
 
-    def _look_again(self, comm: Comm) -> None:
+    def _look_again(self, comm: MeasuringComm) -> None:
         """Begins anew. Where a worker's exchange gave way to computing for good, nothing leaves during backward any more: it would starve."""
         if agreed([float(comm.gave_way_for_good())], comm)[0]:
             self._possible = [choice for choice in self._possible if not choice.overlap]

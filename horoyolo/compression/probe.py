@@ -121,9 +121,6 @@ class EchoComm:
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _Echo:
         return _Echo((tensor, list(splits)))  # from each what it was sent: workers send themselves nothing
 
-    def gave_way_for_good(self) -> bool:
-        return False
-
 
 @dataclass(frozen=True)
 class _Echo:
