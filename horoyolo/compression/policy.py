@@ -29,7 +29,7 @@ log = logging.getLogger("horoyolo")
 
 WORTH_TRYING = 1.5  # predicted tail against the shortest predicted one
 MOST_CHOICES = 6  # tried
-AS_QUICK = 1.05  # of choices within this of the quickest the most faithful is taken: medians of so few trials differ by as much by chance
+AS_QUICK = 1.05  # of entries within this of the quickest the most faithful is taken: medians of so few trials differ by as much by chance
 ROUNDS = 6  # trials of each choice; even, since updates of powersgd differ in turns
 KNOWN = 2  # of the updates before trials that count as trials of plain sums
 LOOK_EVERY = 50  # updates between two looks at a settled choice, at first
@@ -117,9 +117,10 @@ class Trials:
         return WORTH_TRYING if self.times_s[choice] == self._known.get(choice) else AS_QUICK
 
     def best(self) -> Choice:
-        """The quickest by its median; of those about as quick the first."""
+        """Of the entries that are about as quick as the quickest, by medians, the first, where it is quickest: when to leave changes no bit."""
         medians = {choice: statistics.median(times) for choice, times in self.times_s.items()}
-        return next(choice for choice, median_s in medians.items() if median_s <= AS_QUICK * min(medians.values()))
+        entry = next(choice.entry for choice, median_s in medians.items() if median_s <= AS_QUICK * min(medians.values()))
+        return min((choice for choice in medians if choice.entry == entry), key=medians.__getitem__)
 
 
 def predicted_tail_s(choice: Choice, cost: Cost, link: Link, backward_s: float) -> float:

@@ -301,6 +301,16 @@ def test_the_most_faithful_of_equals_is_taken():
     assert trials.best().entry == "none"
 
 
+@pytest.mark.parametrize("entry", ["none", "powersgd"])
+def test_of_an_entry_the_quicker_time_to_leave_is_taken(entry):
+    """Both have the same bits: there is nothing to give a few per cent for."""
+    tails_s = {Choice(entry, False): 1.0, Choice(entry, True): 0.97, Choice("topk", True): 0.96}
+    trials = Trials(list(tails_s), 2)
+    while (choice := trials.next()) is not None:
+        trials.record(choice, tails_s[choice])
+    assert trials.best() == Choice(entry, True)
+
+
 def test_prediction_follows_the_model():
     link, cost = Link(0.01, 1e6), Cost(codec_s=0.1, wire_bytes=2_000_000)
     assert predicted_tail_s(Choice("x", False), cost, link, backward_s=1.0) == pytest.approx(1.0 + 0.1 + 2.01)
