@@ -70,21 +70,21 @@ class ExactConv2d(nn.Conv2d):
 def convert_exact(model: nn.Module) -> WideGrads:
     """Turn the convolutions of ``model``, whose BatchNorm is synchronised already, into exact ones, in place; gives where gradients go.
 
-    Raises ValueError for parameters of other layers.
+    Raises ValueError for parameters of other layers, and then changes nothing.
     """
-    wide_grads, threads = WideGrads(), ImageThreads(torch.get_num_threads())
-    known: set[Tensor] = set()
-    for module in model.modules():
-        if type(module) is nn.Conv2d:
-            module.__class__ = ExactConv2d
-        if isinstance(module, ExactConv2d):
-            module.threads = threads
-        if isinstance(module, (ExactConv2d, SyncBatchNorm)):
-            module.wide_grads = wide_grads
-            known.update(module.parameters(recurse=False))
+    layers = [module for module in model.modules() if type(module) in (nn.Conv2d, ExactConv2d) or isinstance(module, SyncBatchNorm)]
+    known = {param for layer in layers for param in layer.parameters(recurse=False)}
     others = [name for name, param in model.named_parameters() if param not in known]
     if others:
         raise ValueError(f"no exact gradients for {', '.join(others)}: only convolutions and synchronised BatchNorm have them")
+    wide_grads, threads = WideGrads(), ImageThreads(torch.get_num_threads())
+    for layer in layers:
+        if type(layer) is nn.Conv2d:
+            layer.__class__ = ExactConv2d
+        if isinstance(layer, ExactConv2d):
+            layer.threads = threads
+        if isinstance(layer, (ExactConv2d, SyncBatchNorm)):
+            layer.wide_grads = wide_grads
     return wide_grads
 
 

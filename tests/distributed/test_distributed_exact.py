@@ -127,5 +127,8 @@ def test_layers_in_eval_mode_are_exact_while_others_train() -> None:
 
 
 def test_other_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"0\.weight, 0\.bias.*only convolutions"):
-        convert_exact(nn.Sequential(nn.Linear(2, 2)))
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"2\.weight, 2\.bias.*only convolutions"):
+        convert_exact(model)
+    model(torch.ones(1, 3, 2, 2)).sum().backward()
+    assert all(param.grad is not None for param in model.parameters())  # nothing was converted
