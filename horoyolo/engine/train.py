@@ -53,7 +53,7 @@ def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> Outcome:
     stop.watch(job.run.folder)
     job.commits.offer(job)
     while not is_finished(job):
-        epoch, started_s = job.sampler.epoch, time.perf_counter()
+        started_s = time.perf_counter()
         for batch, data_s in timed(job.loader):
             member.begin_step("train")
             record, asked = train_step(job, batch, data_s, stop.pending)
@@ -87,7 +87,7 @@ def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> Outcome:
         if job.sampler.consumed < job.sampler.num_samples:
             continue  # the run went back, perhaps to an earlier epoch
         member.enter("other")
-        epoch_record = finish_epoch(job, epoch, started_s)
+        epoch_record = finish_epoch(job, started_s)
         for hook in hooks:
             hook.after_epoch(epoch_record)
         job.comm.barrier()  # the epoch is over when rank 0 has written what came of it
@@ -259,10 +259,11 @@ def apply_update(job: Training, norm: float) -> None:
     job.exchange.zero_grad()
 
 
-def finish_epoch(job: Training, epoch: int, started_s: float) -> EpochRecord:
+def finish_epoch(job: Training, started_s: float) -> EpochRecord:
     """Evaluates where it is time to, and saves weights and a checkpoint. Where it fails it can be done again: nobody has gone on."""
-    progress = job.progress
-    images, losses, lr = progress.epoch_images, progress.epoch_means(), job.schedule.at(epoch, progress.step - 1).lr
+    progress, epoch = job.progress, job.sampler.epoch
+    images, losses = progress.epoch_images, progress.epoch_means()
+    lr = lowered(job.schedule.at(epoch, progress.step - 1), progress.returns).lr
     ema = averaged(job.ema.model, job)
     metrics, val_losses = None, None
     if (epoch + 1) % job.config.evaluate_every == 0 or epoch + 1 == job.config.epochs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +94,16 @@ def test_many_in_a_row_lead_back_at_a_lower_rate(open_job: Open, caplog: pytest.
     assert account.finished_epochs == 4
     assert account.skipped_updates == 0
     assert account.redone_updates >= MOST_SKIPPED
+
+
+def test_a_return_to_the_end_of_an_epoch_ends_that_epoch(open_job: Open, tmp_path: Path) -> None:
+    job = open_job(epochs=8, batch=8, **{"hyp.warmup_epochs": 0, "recipe.patience": 2})  # one update an epoch: each state is that after its last
+    run(job, lambda asked: 5 <= asked < 5 + MOST_SKIPPED)
+    assert job.progress.returns == 1
+    with (job.run.folder / "results.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [int(row["epoch"]) for row in rows] == list(range(8))
+    assert float(rows[-1]["lr"]) == pytest.approx(0.5 * job.schedule.at(7, 7).lr)
 
 
 def test_a_run_that_can_not_recover_ends_after_three_returns(open_job: Open) -> None:
