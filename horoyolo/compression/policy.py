@@ -196,10 +196,10 @@ class Auto(Compressor):
         return self._choice.overlap
 
     def settled(self) -> bool:
-        return len(self._all) == 1 or self._reference_s > 0
+        return self._reference_s > 0
 
     def measured(self, tail_s: float, backward_s: float, comm: MeasuringComm) -> None:
-        if comm.size() == 1 or len(self._all) == 1:
+        if comm.size() == 1:
             return
         if comm.size() != self._size:
             self._size = comm.size()

@@ -161,10 +161,13 @@ class Exchange:
         self._cost_s = (tail_s, seconds_between(*self._backward)) if finite else None
         return ExchangeStats(norm, done_s - start_s, wire_bytes)
 
-    def measure(self) -> None:
-        """Tells the compressor what the update just finished cost. Every worker must call it: there may be collectives in it."""
-        if self._cost_s is not None:
-            cost_s, self._cost_s = self._cost_s, None
+    def measure(self, comparable: bool = True) -> None:
+        """Tells the compressor what the update just finished cost. Every worker must call it: there may be collectives in it.
+
+        ``comparable``: its last backward was of as many images as most; what others cost says nothing of a way to sum, and is not told.
+        """
+        cost_s, self._cost_s = self._cost_s, None
+        if cost_s is not None and comparable:
             self._compressor.measured(*cost_s, self._comm)
 
     @property

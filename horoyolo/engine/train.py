@@ -61,7 +61,8 @@ def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> Outcome:
             job.recent.append(record)
             for hook in hooks:
                 hook.after_step(record, batch)
-            job.exchange.measure()  # may ask the others, so it comes when the step is on record
+            # May ask the others, so it comes when the step is on record. An epoch's last batch may be short.
+            job.exchange.measure(comparable=record.images == min(job.config.batch, job.sampler.num_samples))
             member.enter("step")
             if job.progress.last_update_step != job.progress.step:
                 continue

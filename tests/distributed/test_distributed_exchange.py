@@ -136,6 +136,32 @@ def test_the_compressor_is_told_of_backward_without_what_is_waited_for_after_it(
     assert without_images_s == 0
 
 
+def test_the_compressor_is_not_told_of_updates_unlike_others():
+    model = build_model()
+    exchange = build_exchange(model)
+    for comparable in (True, False):
+        exchange.arm()
+        backward(model)
+        exchange.finish()
+        exchange.measure(comparable)
+        exchange.measure()  # of this update there is nothing more to tell
+        exchange.zero_grad()
+    assert len(exchange._compressor.told) == 1
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_exchange_gives_way_only_where_no_other_collectives_run_beside_computing(alone):
+    class Noting(LocalComm):
+        gave_way = False
+
+        def give_way(self, wanted, for_good):
+            self.gave_way = wanted
+
+    model, comm = build_model(), Noting()
+    Exchange(model.named_parameters(), RecordingCompressor(overlap=False), comm, bucket_mb=0.001, alone=alone).arm()
+    assert comm.gave_way == alone
+
+
 def test_a_worker_without_images_takes_part_with_zeros():
     exchange = build_exchange(build_model())
     exchange.arm()
