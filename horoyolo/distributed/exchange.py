@@ -83,12 +83,15 @@ class Exchange:
         compressor: Compressor,
         comm: Comm,
         bucket_mb: float,
+        alone: bool = True,
     ):
+        """``alone``: no other collectives run while gradients are computed, so that Horovod's threads may give way to computing then."""
         self._parameters = list(named_parameters)
         self.buckets = build_buckets(self._parameters, bucket_mb)
         self._trained = {name for bucket in self.buckets for name, _ in bucket.params}
         self._compressor = compressor
         self._comm = comm
+        self._alone = alone
         self._armed = False
         self._device = self.buckets[0].flat.device if self.buckets else torch.device("cpu")
         self._armed_s = 0.0
@@ -128,7 +131,7 @@ class Exchange:
         self._backward = (began, began)
         self._loss_scale = loss_scale
         self._leave_early = self._compressor.overlap()
-        if self._device.type == "cpu":
+        if self._device.type == "cpu" and self._alone:
             # While nothing is under way Horovod's threads only disturb those that compute: they look for work, and over MPI they poll.
             self._comm.give_way(not self._leave_early, for_good=self._compressor.settled())
         self._missing = [{name for name, _ in bucket.params} for bucket in self.buckets]

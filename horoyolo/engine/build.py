@@ -265,7 +265,7 @@ def build_training(
         optimizer=optimizer,
         loss_scale=loss_scale,
         compressor=compressor,
-        exchange=Exchange(model.named_parameters(), compressor, comm, config.comms.bucket_mb),
+        exchange=Exchange(model.named_parameters(), compressor, comm, config.comms.bucket_mb, alone=not config.comms.sync_bn),
         schedule=schedule,
         sampler=sampler,
         loader=build_train_loader(build_train_data(config, train_split), sampler, comm, num_workers, pin_memory),

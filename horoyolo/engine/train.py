@@ -302,9 +302,10 @@ def fitness(metrics: dict[str, Any]) -> float:
 
 
 def averaged(model: YOLO, job: Training) -> YOLO:
-    """A copy of ``model`` with BatchNorm statistics averaged over workers; every worker must call it."""
+    """A copy of ``model`` with BatchNorm statistics averaged over workers, where they differ; every worker must call it."""
     model = copy.deepcopy(model)
-    average_bn_buffers(model.learning_layers(), job.comm)
+    if not job.config.comms.sync_bn:  # all hold the same bits, which a mean of three would change
+        average_bn_buffers(model.learning_layers(), job.comm)
     return model
 
 
