@@ -20,6 +20,7 @@ class Rates:
     lr: float  # of weights
     bias_lr: float
     momentum: float
+    weight_decay: float  # of weights; scales and biases do not decay
     accumulate: int  # global batches an update
 
 
@@ -97,7 +98,7 @@ class Schedule:
         """The rates of global batch ``step``, counted from the start of the run, that lies in ``epoch``."""
         lr = self.peak_lr * self.decay(epoch)
         if step >= self.warmup_batches:
-            return Rates(lr, lr, self.hyper.momentum, self.full_accumulate)
+            return Rates(lr, lr, self.hyper.momentum, self.weight_decay, self.full_accumulate)
 
         done = step / self.warmup_batches
 
@@ -106,4 +107,5 @@ class Schedule:
 
         accumulate = max(1, round(warm(1, self.optim.nominal_batch / self.batch)))
         bias_lr = warm(self.hyper.warmup_bias_lr * self._rule, lr)
-        return Rates(warm(0, lr), bias_lr, warm(self.hyper.warmup_momentum, self.hyper.momentum), accumulate)
+        momentum = warm(self.hyper.warmup_momentum, self.hyper.momentum)
+        return Rates(warm(0, lr), bias_lr, momentum, self.weight_decay, accumulate)

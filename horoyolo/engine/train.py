@@ -230,10 +230,14 @@ def known_ahead(job: Training, batch: Any, asks: Asks) -> Tensor:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: Rates, backbone_lr: float) -> None:
-    """Sets the rates of this step; biases have one of their own, and layers of the backbone ``backbone_lr`` times what the head has."""
+    """Sets the rates of this step, weight decay too: a checkpoint brought those of the run before. Biases have a rate of their own, and layers of
+    the backbone ``backbone_lr`` times what the head has.
+    """
     for group in optimizer.param_groups:
         lr = rates.bias_lr if group["kind"] == "bias" else rates.lr
         group["lr"] = lr * backbone_lr if group["part"] == "backbone" else lr
+        if group["kind"] == "weight":
+            group["weight_decay"] = rates.weight_decay
         if "momentum" in group:
             group["momentum"] = rates.momentum
         else:

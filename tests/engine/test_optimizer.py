@@ -9,6 +9,8 @@ import torch
 
 from horoyolo.config import Optim
 from horoyolo.engine.optimizer import build_optimizer
+from horoyolo.engine.schedule import Rates
+from horoyolo.engine.train import set_rates
 from horoyolo.model.yolo import YOLO, build_model
 
 OPTIMIZERS = [Optim(optimizer=name) for name in ("sgd", "adam", "adamw")]
@@ -69,3 +71,13 @@ optimizer.load_state_dict(optimizer.state_dict())
 print(*(name for name in ("torch._dynamo", "sympy", "matplotlib", "tensorboard", "pandas") if name in sys.modules))
 """
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split() == []
+
+
+def test_weight_decay_is_that_of_this_run_not_of_the_one_it_goes_on_from() -> None:
+    optim = Optim()
+    model = build_model("yolov5n", 2)
+    before = build_optimizer(model, optim, 0.01, 0.9, 0.001).state_dict()
+    optimizer = build_optimizer(model, optim, 0.01, 0.9, 0.002)
+    optimizer.load_state_dict(before)
+    set_rates(optimizer, Rates(0.01, 0.01, 0.9, weight_decay=0.002, accumulate=1), backbone_lr=1.0)
+    assert {(group["kind"], group["weight_decay"]) for group in optimizer.param_groups} == {("weight", 0.002), ("norm", 0.0), ("bias", 0.0)}
