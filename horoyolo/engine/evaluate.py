@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-from horoyolo.data.scan import Split
+from horoyolo.data.scan import Split, shorten
 from horoyolo.distributed.comm import Comm
 from horoyolo.engine.device import Numerics
 from horoyolo.model.boxes import non_max_suppression
 from horoyolo.model.loss import DetectionLoss
 from horoyolo.model.yolo import YOLO, fuse_conv_bn
+
+log = logging.getLogger("horoyolo")
 
 CONFIDENCE = 0.001
 NMS_IOU = 0.6
@@ -59,20 +62,22 @@ def evaluate(
 ) -> tuple[Metrics, list[float]]:
     """Runs ``model`` over this worker's share of ``split`` and scores all shares together.
 
-    Gives the metrics and, with ``loss``, the mean losses per image (box, obj, cls).
+    Gives the metrics and, with ``loss``, the losses (box, obj, cls) of the split as one batch, however it was cut. Images that can't be read count
+    as without objects; rank 0 names them.
     """
     model = fuse_conv_bn(model)
     evaluator = CocoEvaluator(split)
-    loss_sums = torch.zeros(4, dtype=torch.float64)  # box, obj, cls, images
+    loss_sums = torch.zeros(len(model.strides), 4, dtype=torch.float64)  # of each layer box, obj, cls, and its matches
+    failed: set[str] = set()
     with torch.inference_mode():
         for batch in loader:
+            failed.update(batch.failed)
             with numerics.autocast():
                 heads = model(numerics.as_input(batch.images))
             if loss is not None:
                 targets = batch.targets.to(numerics.device)
-                positives = loss.count_positives(targets, [tuple(head.shape[2:4]) for head in heads])
-                loss_sums[:3] += loss(heads, targets, positives, len(batch)).double().cpu() * len(batch)
-                loss_sums[3] += len(batch)
+                loss_sums[:, 3] += loss.count_positives(targets, [tuple(head.shape[2:4]) for head in heads]).cpu()
+                loss_sums[:, :3] += torch.stack([torch.stack(sums) for sums in loss.layer_sums(heads, targets, len(split))]).cpu()
             detections = non_max_suppression(
                 model.decode(heads), CONFIDENCE, NMS_IOU, multi_label=True, max_detections=MAX_DETECTIONS
             )
@@ -81,7 +86,10 @@ def evaluate(
                 evaluator.process(int(batch.indices[i]), boxes_xyxy, rows[:, 4], rows[:, 5])
     metrics = evaluator.evaluate(comm)
     comm.allreduce(loss_sums, name="evaluate.losses")
-    return metrics, (loss_sums[:3] / loss_sums[3].clamp(min=1)).tolist()
+    unreadable = sorted(set().union(*comm.allgather_object(failed)))
+    if unreadable and comm.rank() == 0:
+        log.warning("%d images of %s can't be read and count as found empty: %s", len(unreadable), split.name, shorten(unreadable))
+    return metrics, [] if loss is None else loss.mean(loss_sums[:, :3].tolist(), loss_sums[:, 3]).tolist()
 
 
 def to_original(boxes_xyxy: Tensor, gain: Tensor, pad: Tensor, original_hw: Tensor) -> Tensor:

@@ -89,9 +89,22 @@ class DetectionLoss(nn.Module):
         all workers sum to the loss of the whole batch, whichever way it was shared out. What YOLOv5 back-propagates is the sum of the
         three times ``global_batch``. Computed in float32 whatever the heads' type.
         """
-        box_loss = obj_loss = cls_loss = heads[0].new_zeros((), dtype=torch.float32)
-        layers = zip(heads, self.anchors, positives_per_layer.clamp(min=1), self.balance, strict=True)
-        for head, anchors, positives, balance in layers:
+        return self.mean(self.layer_sums(heads, targets, global_batch), positives_per_layer)
+
+    def mean(self, layer_sums: Sequence[Sequence[Tensor]], positives_per_layer: Tensor) -> Tensor:
+        """The loss (3,) of what `layer_sums` gave, of one batch or added over several, whose matches are ``positives_per_layer`` (num_layers,)."""
+        box_loss = obj_loss = cls_loss = positives_per_layer.new_zeros(())
+        for (box_sum, obj_mean, cls_sum), positives in zip(layer_sums, positives_per_layer.clamp(min=1), strict=True):
+            box_loss = box_loss + box_sum / positives
+            obj_loss = obj_loss + obj_mean
+            cls_loss = cls_loss + cls_sum / (positives * self.num_classes)
+        box_gain, obj_gain, cls_gain = self.gains
+        return torch.stack((box_loss * box_gain, obj_loss * obj_gain, cls_loss * cls_gain))
+
+    def layer_sums(self, heads: Sequence[Tensor], targets: Tensor, global_batch: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of each layer the sums over its matches of the box and the class loss, and this share of the mean objectness loss over ``global_batch``."""
+        sums = []
+        for head, anchors, balance in zip(heads, self.anchors, self.balance, strict=True):
             _, num_anchors, height, width, outputs = head.shape
             match = match_targets(targets, anchors, (height, width), self.anchor_t)
             # One row a cell and anchor, in the order of channels_last memory, where this is a view.
@@ -102,19 +115,20 @@ class DetectionLoss(nn.Module):
 
             boxes_xywh = torch.cat((matched[:, 0:2].sigmoid() * 2 - 0.5, (matched[:, 2:4].sigmoid() * 2) ** 2 * anchors[match.anchor]), 1)
             iou = bbox_iou(boxes_xywh, match.boxes_xywh, self.box_loss)  # (n,)
-            box_loss = box_loss + (1 - iou).sum() / positives
+            box_sum = (1 - iou).sum()
 
             wanted = _last_written(len(rows), index, iou.detach().clamp(min=0))  # (B*H*W*num_anchors,)
             cells = global_batch * height * width * num_anchors
-            obj_loss = obj_loss + self._bce_sum(rows[:, 4].float(), wanted, self.obj_pw) / cells * balance
+            obj_mean = self._bce_sum(rows[:, 4].float(), wanted, self.obj_pw) / cells * balance
 
+            cls_sum = box_sum.new_zeros(())
             if self.num_classes > 1:
                 low, high = 0.5 * self.label_smoothing, 1 - 0.5 * self.label_smoothing
                 row_weight = None if self.class_weights is None else self.class_weights[match.label][:, None]
                 classes = F.one_hot(match.label, self.num_classes) * (high - low) + low  # (n, num_classes)
-                cls_loss = cls_loss + self._bce_sum(matched[:, 5:], classes, self.cls_pw, row_weight) / (positives * self.num_classes)
-        box_gain, obj_gain, cls_gain = self.gains
-        return torch.stack((box_loss * box_gain, obj_loss * obj_gain, cls_loss * cls_gain))
+                cls_sum = self._bce_sum(matched[:, 5:], classes, self.cls_pw, row_weight)
+            sums.append((box_sum, obj_mean, cls_sum))
+        return sums
 
     def _bce_sum(self, logits: Tensor, wanted: Tensor, positive_weight: float, row_weight: Tensor | None = None) -> Tensor:
         weight = None if positive_weight == 1 else logits.new_tensor(positive_weight)

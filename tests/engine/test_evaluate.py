@@ -150,3 +150,27 @@ def test_each_batch_of_an_evaluation_is_a_step_for_whoever_watches(open_job: Any
     job.evaluate(job.model)
     assert begun == ["evaluate"] * len(job.val_loader)
     assert len(begun) > 1
+
+
+def test_losses_are_of_the_split_however_it_is_cut(open_job: Any) -> None:
+    """As one batch, and as batches of one, of which one has no objects."""
+    losses = []
+    for batch in (2, 1):
+        job = open_job(batch=batch)
+        job.val_split.labels[0] = np.zeros((0, 5), np.float32)
+        losses.append(job.evaluate(job.ema.model.eval())[1])
+    assert all(loss > 0 for loss in losses[0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_images_that_can_not_be_read_any_more_are_named(open_job: Any, caplog: pytest.LogCaptureFixture) -> None:
+    job = open_job(batch=2)
+    gone = job.val_split.image_paths[0]
+    content = gone.read_bytes()
+    gone.unlink()
+    try:
+        job.evaluate(job.ema.model.eval())
+    finally:
+        gone.write_bytes(content)
+    assert "1 images of val can't be read" in caplog.text
+    assert gone.name in caplog.text
