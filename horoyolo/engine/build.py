@@ -20,7 +20,7 @@ from horoyolo.compression.base import Compressor
 from horoyolo.compression.build import build_compressor
 from horoyolo.compression.dense import ExactSum
 from horoyolo.compression.feedback import ErrorFeedback
-from horoyolo.config import Comms, Config, frozen_layers
+from horoyolo.config import Comms, Config, InputError, frozen_layers
 from horoyolo.data.build import build_eval_data, build_sampler, build_train_data, describe_input
 from horoyolo.data.loader import build_eval_loader, build_train_loader, choose_num_workers
 from horoyolo.data.sampler import Sampler
@@ -48,7 +48,7 @@ from horoyolo.files import atomic_file
 from horoyolo.model.ema import EMA
 from horoyolo.model.loss import DetectionLoss, class_weights_from, scale_gains
 from horoyolo.model.weights import load_matching, model_from_weights, read_weights, save_weights
-from horoyolo.model.yolo import ACTIVATION_NAMES, YOLO, load_layer_table, model_from_table, with_anchors
+from horoyolo.model.yolo import ACTIVATION_NAMES, YOLO, load_layer_table, model_from_table
 
 log = logging.getLogger("horoyolo")
 
@@ -206,7 +206,9 @@ def build_model_for(config: Config, num_classes: int, names: dict[int, str]) -> 
     if config.recipe.activation:
         table = {**table, "activation": ACTIVATION_NAMES[config.recipe.activation]}
     if config.hyp.anchors:
-        table = with_anchors(table, max(round(config.hyp.anchors), 1))
+        table = {**table, "anchors": max(round(config.hyp.anchors), 1)}
+    if isinstance(table["anchors"], int) and not config.recipe.autoanchor:
+        raise InputError(f"{config.cfg} with --noautoanchor: it only says how many anchors a layer has, which are to be fitted to the data")
     torch.manual_seed(config.seed)
     model = model_from_table(table, num_classes, names)
     if weights is not None:

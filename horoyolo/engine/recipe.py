@@ -30,14 +30,14 @@ def box_sizes(split: Split, img: int) -> np.ndarray:
 
 
 def settle_anchors(model: YOLO, split: Split, config: Config) -> None:
-    """Fits the model's anchors to the training boxes where theirs leave too many out of reach, or where ``hyp.anchors`` asks for it.
+    """Fits the model's anchors to the training boxes where theirs leave too many out of reach, or the model's table only says how many.
 
     Only where training begins, and on one worker: the others take its weights, and with them the anchors.
     """
     if not config.recipe.autoanchor:
         return
     boxes_wh = usable(box_sizes(split, config.img))
-    anchor_t, wanted = config.hyp.anchor_t, bool(config.hyp.anchors)
+    anchor_t, wanted = config.hyp.anchor_t, isinstance(model.table["anchors"], int)
     present = model.anchors_px.flatten(0, 1).double().cpu().numpy()  # (num_layers * num_anchors, 2)
     recall = best_possible_recall(boxes_wh, present, anchor_t)
     if recall > ENOUGH_RECALL and not wanted:

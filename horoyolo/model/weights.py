@@ -67,7 +67,7 @@ def save_weights(path: str | Path, model: YOLO, meta: Mapping[str, Any] | None =
         "format": FORMAT,
         "kind": "weights",
         "model": model.state_dict(),
-        "cfg": {**model.table, "anchors": model.anchors_px.flatten(1).tolist()},  # which may have been fitted to the data
+        "cfg": {**model.table, "anchors": anchors_in_table(model)},
         "num_classes": model.num_classes,
         "names": model.names,
     }
@@ -131,7 +131,13 @@ def model_from_weights(path: str | Path) -> tuple[YOLO, dict[str, Any]]:
     if report.loaded < report.total:
         missing = f"{report.total - report.loaded} of {report.total} tensors do not fit its layers, first {report.left_out[0]}"
         raise InputError(f"weights {path}: {missing}")
+    model.table["anchors"] = anchors_in_table(model)
     return model.eval(), weights.meta
+
+
+def anchors_in_table(model: YOLO) -> list[list[float]]:
+    """The model's anchors as a layer table lists them: its own table may only say how many, or others than were fitted."""
+    return model.anchors_px.flatten(1).tolist()
 
 
 # What the objects in a file say

@@ -35,7 +35,7 @@ class YOLO(nn.Module):
     """A YOLOv5 detector: images (B, 3, H, W) in 0..1, sides divisible by the largest stride, to raw heads.
 
     ``strides`` are the heads' cell sizes in pixels, ``names`` maps class numbers to names, ``table`` is the layer table it was built from
-    (with its number of classes).
+    (with its number of classes). Where its ``anchors`` are a number, as many a layer, they mean nothing before they are set.
     """
 
     def __init__(self, table: Mapping[str, Any], names: Mapping[int, str] | None = None) -> None:
@@ -168,11 +168,6 @@ def model_from_table(table: Mapping[str, Any], num_classes: int | None = None, n
     return YOLO({**table, "nc": nc}, names)
 
 
-def with_anchors(table: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The table with ``count`` anchors a layer, of sizes that mean nothing yet: they must be fitted to a data set."""
-    return {**table, "anchors": [[8.0 * 2**layer] * 2 * count for layer in range(len(_checked_anchors(table["anchors"])))]}
-
-
 def load_layer_table(cfg: str) -> dict[str, Any]:
     """The layer table of a model name, with or without ``.yaml``, or of a YOLOv5 model yaml; a file that exists goes before a name."""
     path = Path(cfg)
@@ -214,7 +209,7 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 def _build_layers(table: dict[str, Any]) -> tuple[list[nn.Module], list[list[int]]]:
     """The table's layers, and for each the layers it reads from (-1: the image)."""
-    anchors = _checked_anchors(table["anchors"])
+    num_anchors = _anchors_per_layer(table["anchors"])
     layers: list[nn.Module] = []
     sources: list[list[int]] = []
     channels = {-1: IMAGE_CHANNELS}
@@ -229,7 +224,7 @@ def _build_layers(table: dict[str, Any]) -> tuple[list[nn.Module], list[list[int
             inputs = [index + number if number < 0 else number for number in (origin if isinstance(origin, list) else [origin])]
             repeats = max(round(repeats * table.get("depth_multiple", 1.0)), 1) if repeats > 1 else 1
             args = [_WORDS.get(arg, arg) if isinstance(arg, str) else arg for arg in args]
-            layer, channels[index] = _build_layer(BLOCKS[name], [channels[i] for i in inputs], repeats, args, table, len(anchors[0]) // 2)
+            layer, channels[index] = _build_layer(BLOCKS[name], [channels[i] for i in inputs], repeats, args, table, num_anchors)
         except KeyError as error:
             raise InputError(f"{where}: from {origin!r} does not name an earlier layer") from error
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
@@ -238,8 +233,9 @@ def _build_layers(table: dict[str, Any]) -> tuple[list[nn.Module], list[list[int
         sources.append(inputs)
     if not layers or not isinstance(layers[-1], Detect):
         raise InputError("model table: the last layer must be Detect")
-    if len(sources[-1]) != len(anchors):
-        raise InputError(f"model table: {len(anchors)} rows of anchors for the {len(sources[-1])} layers of Detect, they must be as many")
+    rows = table["anchors"]
+    if isinstance(rows, list) and len(rows) != len(sources[-1]):
+        raise InputError(f"model table: {len(rows)} rows of anchors for the {len(sources[-1])} layers of Detect, they must be as many")
     return layers, sources
 
 
@@ -262,16 +258,22 @@ def _build_layer(
     return copies[0] if repeats == 1 else nn.Sequential(*copies), out_channels
 
 
-def _checked_anchors(anchors: Any) -> list[list[float]]:
+def _anchors_per_layer(anchors: Any) -> int:
+    """How many anchors a layer has: a table may give their sizes, or only this number, where they are to be fitted to the data."""
+    if type(anchors) is int and anchors > 0:
+        return anchors
     rows = anchors if isinstance(anchors, list) else []
     if not rows or any(not isinstance(row, list) or not row or len(row) % 2 or len(row) != len(rows[0]) for row in rows):
         raise InputError(
-            f"model table: anchors are {anchors!r}, needed are lists of width, height, width, height ... in pixels, one a layer"
+            f"model table: anchors are {anchors!r}, needed are lists of width, height, width, height ... in pixels, one a layer, "
+            "or the number of anchors that each layer is to have"
         )
-    return rows
+    return len(rows[0]) // 2
 
 
-def _anchors_in_cells(anchors: list[list[float]], strides: tuple[int, ...]) -> Tensor:
+def _anchors_in_cells(anchors: list[list[float]] | int, strides: tuple[int, ...]) -> Tensor:
+    if isinstance(anchors, int):
+        return torch.ones(len(strides), anchors, 2)  # until they are fitted
     # Some tables list the anchors from the largest layer down while the strides go up.
     descending = sum(anchors[-1]) < sum(anchors[0])
     if descending != (strides[-1] < strides[0]):

@@ -18,7 +18,7 @@ from horoyolo.engine.build import build_loss
 from horoyolo.engine.recipe import box_sizes, class_counts, imbalance_notes, recipe_lines, settle_anchors
 from horoyolo.engine.schedule import Schedule
 from horoyolo.model.anchors import best_possible_recall
-from horoyolo.model.yolo import build_model
+from horoyolo.model.yolo import build_model, load_layer_table, model_from_table
 
 WORKER = Path(__file__).with_name("recipe_worker.py")
 _spec = importlib.util.spec_from_file_location("recipe_worker", WORKER)
@@ -107,6 +107,14 @@ def test_anchors_out_of_reach_are_fitted_anew(split: Split, autoanchor: bool, re
     settle_anchors(model, split, Config(img=320, recipe=Recipe(autoanchor=autoanchor)))
     recall = best_possible_recall(box_sizes(split, 320), model.anchors_px.flatten(0, 1).numpy(), 4.0)
     assert (recall > 0.98) == reached
+
+
+def test_anchors_of_which_a_table_says_only_how_many_are_fitted(split: Split) -> None:
+    model = model_from_table({**load_layer_table("yolov5n"), "anchors": 2}, 3)
+    settle_anchors(model, split, Config(img=320))
+    assert model.anchors.shape == (3, 2, 2)
+    assert len(model.anchors.flatten(0, 1).unique(dim=0)) == 6
+    assert best_possible_recall(box_sizes(split, 320), model.anchors_px.flatten(0, 1).numpy(), 4.0) > 0.98
 
 
 def test_what_is_done_about_rare_classes_is_said(split: Split) -> None:

@@ -353,3 +353,13 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
         read_weights(tmp_path / "absent.pt")
     with pytest.raises(InputError, match="no such file"):
         read_weights(tmp_path)
+
+
+def test_a_table_that_says_only_how_many_anchors_has_those_of_the_tensors(model: YOLO, tmp_path: Path) -> None:
+    """YOLOv5 leaves such a table in the weights of a model whose anchors it fitted."""
+    save_weights(tmp_path / "w.pt", model)
+    content = torch.load(tmp_path / "w.pt", weights_only=True)
+    torch.save({**content, "cfg": {**content["cfg"], "anchors": 3}}, tmp_path / "number.pt")
+    loaded, _ = model_from_weights(tmp_path / "number.pt")
+    assert torch.equal(loaded.anchors, model.anchors)
+    assert loaded.table["anchors"] == content["cfg"]["anchors"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from horoyolo.config import InputError
 from horoyolo.model.blocks import SPP, SPPF, Conv
-from horoyolo.model.yolo import ACTIVATION_NAMES, MODELS, YOLO, build_model, fuse_conv_bn, load_layer_table, model_from_table, with_anchors
+from horoyolo.model.yolo import ACTIVATION_NAMES, MODELS, YOLO, build_model, fuse_conv_bn, load_layer_table, model_from_table
 
 TINY = {
     "nc": 2,
@@ -211,7 +211,8 @@ def test_num_classes_replaces_the_tables_own() -> None:
     [
         (edited(nc=None), "nc is None"),
         (edited(nc=0), "nc is 0"),
-        (edited(anchors=3), "anchors are 3"),
+        (edited(anchors=0), "anchors are 0"),
+        (edited(anchors=True), "anchors are True"),
         (edited(anchors=[[1, 2, 3]]), "anchors"),
         (edited(anchors=[[10, 13]]), "1 rows of anchors for the 2 layers"),
         (edited(backbone=[[-1, 1, "Cnov", [8]]]), "unknown block 'Cnov', known are Conv"),
@@ -292,7 +293,7 @@ def test_activations_of_the_configuration_are_those_of_tables(name: str) -> None
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_table_with_another_number_of_anchors(count: int) -> None:
-    model = model_from_table(with_anchors(TINY, count))
+def test_a_table_may_say_only_how_many_anchors_a_layer_has(count: int) -> None:
+    model = model_from_table(edited(anchors=count))
     assert model.anchors.shape == (2, count, 2)
     assert [head.shape[1] for head in model(torch.rand(1, 3, 64, 64))] == [count, count]
