@@ -62,9 +62,9 @@ def _lock(descriptor: int, beat: Beat) -> None:
             time.sleep(LOOK_EVERY_S)
 
 
-def content_key(names: list[str], images: list[Path], labels: list[Path], num_classes: int) -> str:
-    """A hash that changes with any file's name, size or time of change, and with the number of classes."""
-    digest = hashlib.sha256(f"{FORMAT}\0{num_classes}\0".encode())
+def content_key(names: list[str], images: list[Path], labels: list[Path], classes: str) -> str:
+    """A hash that changes with any file's name, size or time of change, and with ``classes``, what labels depend on of the classes."""
+    digest = hashlib.sha256(f"{FORMAT}\0{classes}\0".encode())
     for name, image, label in zip(names, images, labels, strict=True):
         digest.update(f"{name}\0{_stamp(image)} {_stamp(label)}\0".encode())
     return digest.hexdigest()

@@ -100,6 +100,7 @@ class _Scanned:
     hw: tuple[int, int]
     labels: np.ndarray  # (m, 5)
     findings: list[tuple[str, str]]  # field of ScanReport, name
+    is_lasting: bool = True  # False: a file is there but could not be read, which may be otherwise next time, by the same file
     outlines: list[np.ndarray] = field(default_factory=list)  # m of (k, 2), or none
 
 
@@ -114,15 +115,19 @@ def scan_split(spec: DataSpec, split: str, strict: bool = True, beat: Beat = not
     names = [spec.relative(file) for file in files]
     folders = cache.folders(spec.root)
     sources = [annotated[file][1] if file in annotated else label_path(file) for file in files]
-    key = cache.content_key(names, files, sources, spec.num_classes)
+    # Label files hold numbers of classes, annotations what `names` turns into numbers.
+    classes = repr(sorted(spec.names.items())) if annotated else str(spec.num_classes)
+    key = cache.content_key(names, files, sources, classes)
     found = _load(cache.load(folders, split, key))
     if found is None:
         with cache.one_at_a_time(folders, beat):
             found = _load(cache.load(folders, split, key))
             if found is None:
                 images = [(file, annotated[file][0] if file in annotated else None) for file in files]
-                found = _gather(split, _scan_all(spec, images, beat))
-                cache.save(folders, split, key, _to_arrays(*found))
+                scanned = _scan_all(spec, images, beat)
+                found = _gather(split, scanned)
+                if all(image.is_lasting for image in scanned):
+                    cache.save(folders, split, key, _to_arrays(*found))
     kept, shapes_hw, labels, outlines, report = found
     if strict:
         if not len(kept):
@@ -132,7 +137,8 @@ def scan_split(spec: DataSpec, split: str, strict: bool = True, beat: Beat = not
             first = report.unknown_class[0].removesuffix(")").replace(" (", ": ")
             raise InputError(f"{first} is beyond the classes of {spec.file}, which are {known}; data check lists all such lines")
         if not report.boxes:
-            raise InputError(f"no labels at all for `{split}` of {spec.file}: the first were looked for in {sources[kept[0]]}")
+            first = report.corrupt[0] if report.corrupt else f"the first were looked for in {sources[kept[0]]}"
+            raise InputError(f"no labels at all for `{split}` of {spec.file}: {first}")
     relative = [names[i] for i in kept]
     return Split(split, spec.root, [files[i] for i in kept], shapes_hw, labels, spec.names, report, relative, outlines)
 
@@ -171,15 +177,17 @@ def _scan_image(spec: DataSpec, source: tuple[Path, CocoImage | None]) -> _Scann
     nothing = np.zeros((0, 5), np.float32)
     try:
         hw = image_hw(image)
-    except DecodeError:
-        return _Scanned((0, 0), nothing, [("corrupt_images", spec.relative(image))])
+    except DecodeError as error:
+        return _Scanned((0, 0), nothing, [("corrupt_images", spec.relative(image))], not isinstance(error.__cause__, OSError))
     if annotated is not None:
         return _scan_annotated(spec, image, hw, annotated)
     file = label_path(image)
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return _Scanned(hw, nothing, [("missing_labels", spec.relative(image))])
+    except OSError as error:
+        return _Scanned(hw, nothing, [("corrupt", f"{spec.relative(file)} ({error.strerror})")], is_lasting=False)
     labels, lines, problems = parse_labels(text)
     findings = [(problem.kind, f"{spec.relative(file)}:{problem.line} ({problem.reason})") for problem in problems]
     known = labels[:, 0] < spec.num_classes
@@ -188,7 +196,7 @@ def _scan_image(spec: DataSpec, source: tuple[Path, CocoImage | None]) -> _Scann
     if not text.strip():
         findings.append(("empty_labels", spec.relative(image)))
     outlines = parse_outlines(text, lines[known])
-    return _Scanned(hw, labels[known], findings, outlines if any(map(len, outlines)) else [])
+    return _Scanned(hw, labels[known], findings, outlines=outlines if any(map(len, outlines)) else [])
 
 
 def _scan_annotated(spec: DataSpec, image: Path, hw: tuple[int, int], annotated: CocoImage) -> _Scanned:

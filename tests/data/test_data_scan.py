@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -163,6 +165,28 @@ def test_cached_scan_equals_the_first(tmp_path: Path, monkeypatch: pytest.Monkey
     second = scan_split(spec, "train")
     assert same(first, second)
     assert first.content_hash == second.content_hash
+
+
+@pytest.mark.parametrize("unreadable", ["a.jpg", "a.txt"])
+def test_what_could_not_be_read_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unreadable: str) -> None:
+    """Rights that are given later change neither a file's size nor its time."""
+    spec = write_set(tmp_path, {"a": GOOD, "b": GOOD})
+
+    def denied(read: Callable) -> Callable:
+        def tried(file: Path, *args: object, **kwargs: object) -> object:
+            if file.name == unreadable:
+                raise PermissionError(errno.EACCES, "Permission denied", str(file))
+            return read(file, *args, **kwargs)
+
+        return tried
+
+    with monkeypatch.context() as patched:
+        for name in ("read_bytes", "read_text"):
+            patched.setattr(Path, name, denied(getattr(Path, name)))
+        report = scan_split(spec, "train").report
+    assert report.boxes == 1
+    assert [*report.corrupt_images, *report.corrupt] == ["images/train/a.jpg" if unreadable == "a.jpg" else "labels/train/a.txt (Permission denied)"]
+    assert scan_split(spec, "train").report.boxes == 2
 
 
 def test_processes_find_what_threads_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
