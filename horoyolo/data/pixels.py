@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from horoyolo.data.decode import Image
+from horoyolo.data.host_memory import memory_bytes
 
 FORMAT = "horoyolo pixels 1"  # change it with how images are decoded or stored
 MEMORY = Path("/dev/shm")
@@ -148,16 +149,11 @@ def open_cache(room: Room, files: Sequence[Path], shapes_hw: np.ndarray, purpose
 def memory_room() -> Room:
     """What this host's memory, and the limit of its control group, leave for caches. Raises NoRoom where there is no /dev/shm."""
     try:
-        info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free, total = memory_bytes()
         shm = os.statvfs(MEMORY)
     except OSError as error:
         raise NoRoom(f"{error.filename}: {error.strerror}") from None
-    total, free = (int(info[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    free = min(free, shm.f_bavail * shm.f_frsize)
-    with contextlib.suppress(OSError, ValueError):  # no limit, or none to be seen
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free, total = min(free, limit - used), min(total, limit)
-    return Room(MEMORY, free, total)
+    return Room(MEMORY, min(free, shm.f_bavail * shm.f_frsize), total)
 
 
 def disk_room(folders: Sequence[Path]) -> Room:

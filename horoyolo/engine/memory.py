@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from horoyolo.data.host_memory import memory_bytes
+
 
 def peak_bytes(device: torch.device, compute: Callable[[], object]) -> int:
     """The most memory in bytes that was taken on ``device`` while ``compute`` ran: of a GPU what tensors took, of a CPU all of this process.
@@ -33,28 +35,9 @@ def available_bytes(device: torch.device) -> int:
     """What can be taken on ``device`` beside what others and this process hold already: of a host by its memory and by its control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(_meminfo_bytes("MemAvailable"), *_room_in_group(Path("/sys/fs/cgroup")))
-
-
-def _room_in_group(folder: Path) -> list[int]:
-    """What the limits of control groups, of either version, leave; nothing where there is no limit."""
-    rooms = []
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            rooms.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
-        except (OSError, ValueError):  # no such version, or the word max
-            continue
-    return rooms or [2**63]
-
-
-def _meminfo_bytes(name: str) -> int:
-    return _kilobytes(Path("/proc/meminfo"), name)
+    return memory_bytes()[0]
 
 
 def _status_bytes(name: str) -> int:
-    return _kilobytes(Path("/proc/self/status"), name)
-
-
-def _kilobytes(file: Path, name: str) -> int:
-    line = next(line for line in file.read_text().splitlines() if line.startswith(f"{name}:"))
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
