@@ -76,7 +76,7 @@ def resumed_folder(config: Config) -> Path | None:
 def open_run(config: Config) -> Run:
     """The run that ``config`` means: a resumed one with its state, or a new one under a name that is not taken.
 
-    Writes nothing; but a bad checkpoint is set aside under another name.
+    Writes nothing but the folder of a new one; a bad checkpoint is set aside under another name.
     """
     folder = resumed_folder(config)
     if folder is None:
@@ -104,10 +104,19 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
 
 
 def new_folder(project: Path, name: str, exist_ok: bool) -> Path:
-    """``project/name``, or with a number behind it (``exp2``, ``exp3``) where that is taken and ``exist_ok`` is not set."""
+    """``project/name``, or with a number behind it (``exp2``, ``exp3``) where that is taken and ``exist_ok`` is not set.
+
+    It is made at once, so that of runs that start together each has its own. Where it can't be, whoever makes what is in it will say so.
+    """
     folder = project / name
     number = 2
-    while folder.exists() and not exist_ok:
-        folder = project / f"{name}{number}"
-        number += 1
+    while not exist_ok:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            folder = project / f"{name}{number}"
+            number += 1
+        except OSError:
+            break
     return folder

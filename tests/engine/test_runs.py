@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,18 +25,28 @@ def saved_run(project: Path, name: str) -> Path:
 
 
 def test_a_taken_name_gets_a_number(tmp_path: Path) -> None:
-    assert new_folder(tmp_path, "exp", exist_ok=False) == tmp_path / "exp"
     (tmp_path / "exp").mkdir()
-    (tmp_path / "exp2").mkdir()
+    (tmp_path / "exp2").touch()
     assert new_folder(tmp_path, "exp", exist_ok=False) == tmp_path / "exp3"
     assert new_folder(tmp_path, "exp", exist_ok=True) == tmp_path / "exp"
 
 
-def test_opening_a_new_run_writes_nothing(tmp_path: Path) -> None:
+def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: new_folder(tmp_path / "runs", "exp", exist_ok=False), range(8)))
+    assert len(set(folders)) == 8
+
+
+def test_opening_a_new_run_makes_its_folder_and_nothing_in_it(tmp_path: Path) -> None:
     run = open_run(config_in(tmp_path / "runs"))
     assert run.folder == tmp_path / "runs" / "exp"
     assert run.resumed is None
-    assert not (tmp_path / "runs").exists()
+    assert [*(tmp_path / "runs").rglob("*")] == [run.folder]
+
+
+def test_where_no_folder_can_be_made_a_run_has_its_name_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    assert new_folder(tmp_path / "runs", "exp", exist_ok=False) == tmp_path / "runs" / "exp"
 
 
 def test_a_run_saves_its_configuration(tmp_path: Path) -> None:
