@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,19 +80,25 @@ def train_config(parsed: argparse.Namespace) -> Config:
 
     given = {flag.key: getattr(parsed, flag.key) for flag in TRAIN_FLAGS if hasattr(parsed, flag.key)}
     given |= {key: ",".join(value) for key, value in given.items() if isinstance(value, list)}
-    config = configuration.override(Config(), given, "command line")
-    folder = resumed_folder(config)
+    config = Config()
+    folder = resumed_folder(_overridden(config, given, parsed.set))
     if folder is not None:
         config = configuration.load(folder / "config.yaml")
         if given.get("batch") in (configuration.AUTO_BATCH, str(configuration.AUTO_BATCH)):
             del given["batch"]  # the run goes on with what was found
     if parsed.hyp:
         config = configuration.load_hyper(config, parsed.hyp)
+    config = _overridden(config, given, parsed.set)
+    configuration.validate(config)
+    return config
+
+
+def _overridden(config: Config, given: Mapping[str, Any], words: Sequence[str]) -> Config:
+    """``config`` with what flags gave, and then what the ``words`` of ``--set`` say (InputError)."""
     config = configuration.override(config, given, "command line")
-    for word in parsed.set:
+    for word in words:
         key, separator, value = word.partition("=")
         if not separator:
             raise InputError(f"--set {word}: KEY=VALUE is wanted, such as hyp.lr0=0.02")
         config = configuration.override(config, {key: value}, "--set")
-    configuration.validate(config)
     return config

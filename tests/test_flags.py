@@ -33,3 +33,11 @@ def test_a_found_batch_is_that_of_the_run_from_then_on(tmp_path: Path, monkeypat
 def test_optimizers_are_named_as_in_yolov5(word: str, optimizer: str) -> None:
     words = ["train", "--data", "d.yaml", "--cfg", "yolov5n", "--optimizer", word]
     assert train_config(build_parser().parse_args(words)).optim.optimizer == optimizer
+
+
+def test_a_run_named_by_set_is_the_one_that_is_resumed(tmp_path: Path) -> None:
+    for name, seed in (("exp", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(configuration.dump(Config(data="d.yaml", cfg="yolov5n", seed=seed)))
+    words = ["train", "--resume", "auto", "--project", str(tmp_path), "--set", "name=b"]
+    assert train_config(build_parser().parse_args(words)).seed == 2

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from horoyolo.config import Config, InputError
 from horoyolo.elastic.member import KnownRun
@@ -152,13 +153,32 @@ def begin(job: Training, root: int = 0, folder: Path | None = None) -> None:
 
 
 def check_parts(job: Training, run: Run) -> None:
-    """Raises InputError where the state that ``run`` was resumed from lacks a part of this version's."""
-    missing = job.state.missing_from(run.resumed) if run.resumed is not None else []
-    if missing:
+    """Raises InputError where the state that ``run`` was resumed from lacks a part of this version's, or is of another model or optimizer."""
+    if run.resumed is None:
+        return
+    missing = job.state.missing_from(run.resumed)
+    found = f"another version of horoyolo: it has no {', '.join(missing)}" if missing else ""
+    if not found:
+        own, saved = (shapes(state["model"]) for state in (job.state.state_dict(), run.resumed))
+        other = next((name for name in own | saved if own.get(name) != saved.get(name)), None)
+        if other is not None:
+            found = f"another model or other classes: {other} is {saved.get(other, 'missing')} there and {own.get(other, 'missing')} here"
+        elif groups(job.optimizer.state_dict()) != groups(run.resumed["optimizer"]):
+            found = "another --optimizer or other layers frozen"
+    if found:
         raise InputError(
-            f"the checkpoint in {run.folder} is of another version of horoyolo: it has no {', '.join(missing)}; "
-            f"start a new run from what it learned: --weights {run.weights / 'last.pt'}"
+            f"the checkpoint in {run.folder} is of {found}; start a new run from what it learned: --weights {run.weights / 'last.pt'}"
         )
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def groups(optimizer_state: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """What has to agree of an optimizer's groups for one to go on from the other's state: their parameters, and what is kept of each."""
+    return [(group.get("part"), group.get("kind"), len(group["params"]), "betas" in group) for group in optimizer_state["param_groups"]]
 
 
 def load_own(job: Training) -> None:

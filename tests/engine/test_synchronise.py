@@ -324,3 +324,20 @@ def test_a_survivor_goes_before_a_checkpoint(data: Path, tmp_path: Path) -> None
     step(jobs)
     meet([build(config, BoardComm()), survivor], KnownRun(survivor.run.folder, 2))
     assert survivor.progress.step == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"cfg": "yolov5s"}, r"another model or other classes: model\.0\.conv\.weight is \(16, 3, 6, 6\) there and \(32, 3, 6, 6\) here"),
+        ({"optim.optimizer": "adam"}, "another --optimizer"),
+        ({"recipe.freeze": "10"}, "other layers frozen"),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused(data: Path, tmp_path: Path, values: dict[str, object], words: str) -> None:
+    first = build(config_for(data, tmp_path), LocalComm())
+    synchronise(first)
+    first.run.create(first.config)
+    save(first)
+    with pytest.raises(InputError, match=rf"{words}.*--weights .*last\.pt"):
+        synchronise(build(config_for(data, tmp_path, resume=str(first.run.folder), **values), LocalComm()))
