@@ -18,7 +18,9 @@ from horoyolo.engine.state import TrainingError
 from horoyolo.engine.stop import StopRequest
 from horoyolo.engine.synchronise import synchronise
 from horoyolo.engine.train import Outcome, is_finished, train, watched, what_is_lost, whole_state
+from horoyolo.engine.transfer import broadcast_state
 from horoyolo.engine.watch import RecordFigures, build_hooks, build_recording_hooks
+from horoyolo.files import atomic_file
 from horoyolo.report.logs import start_logs
 
 log = logging.getLogger("horoyolo")
@@ -59,7 +61,8 @@ def note_run(job: Training, member: Member) -> None:
         return
     try:
         memory.mkdir(parents=True, exist_ok=True)
-        (memory / RUN_NOTE).write_text(folder)
+        with atomic_file(memory / RUN_NOTE, "w") as stream:
+            stream.write(folder)
     except OSError as error:
         log.warning("%s: %s; a worker that takes this one's place will have no copy of its state", memory, error.strerror)
 
@@ -123,7 +126,7 @@ def train_generation(
         job.save_checkpoint(whole_state(job))
         return Outcome.STOPPED
     if is_finished(job):
-        if last_step is not None:  # rank 0 may have died before it had written the last checkpoint
+        if not begins:  # rank 0 may have died before it had written the last checkpoint
             job.save_checkpoint(whole_state(job))
         return Outcome.DONE
     return train(job, hooks, stop)
@@ -157,10 +160,11 @@ def end_in_order(job: Training, member: Member) -> bool:
     for giver, (leaves, has_residuals) in enumerate(everyone):
         if not (leaves and has_residuals) or heir is None:
             continue
-        given = comm.broadcast_object(job.compressor.rank_state_dict() if rank == giver else None, giver)
+        given = broadcast_state(job.compressor.rank_state_dict() if rank == giver else None, comm, giver)
         if rank == heir:
             own = job.compressor.rank_state_dict()
-            job.compressor.load_rank_state_dict(own | {name: own[name] + part if name in own else part for name, part in given.items()})
+            both = {name: own[name] + part.to(own[name].device) if name in own else part for name, part in given.items()}
+            job.compressor.load_rank_state_dict(own | both)
     return member.leaving
 
 
