@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,17 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _told(error: BaseException) -> int:
     """Tells what ends this process as the user should see it; gives the exit status."""
     if isinstance(error, InputError):
-        # Workers meet the same bad input together: one of them tells it.
-        if _is_first_worker():
-            print(f"horoyolo: error: {error}", file=sys.stderr)
+        # It may be bad on this worker's host alone: each tells, since nobody else might.
+        who = "" if _rank() == "0" else f"worker {_rank()} on {platform.node()}: "
+        print(f"horoyolo: error: {who}{error}", file=sys.stderr)
         return BAD_INPUT
     if not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)
     return FAILED
 
 
-def _is_first_worker() -> bool:
-    return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"
+def _rank() -> str:
+    return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -125,7 +126,7 @@ def _train(parsed: argparse.Namespace) -> int:
     try:
         status = DONE if start_training(config, on_ready=announce_worker, elastic=parsed.elastic) else STOPPED
     except TrainingError as error:
-        if _is_first_worker():
+        if _rank() == "0":  # all meet the same
             print(f"horoyolo: error: {error}", file=sys.stderr)
         status = FAILED
     except BaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -168,6 +169,7 @@ def test_bad_input_met_on_the_hosts_is_the_jobs_status(lab: Lab, dataset: Path, 
     argv = [*launch_words(hostfile, "horovodrun over Gloo"), "--", *train_words(dataset, tmp_path)]
     done = lab.run("node1", argv, env=ENV, timeout=TIMEOUT_S)
     assert done.returncode == 2, done.stderr[-3000:]
+    assert re.search(r"worker \d on node3: .*nowhere", done.stderr), done.stderr[-3000:]
 
 
 def test_a_host_that_refuses_is_named(lab: Lab, dataset: Path, hostfile: Path, tmp_path: Path) -> None:
