@@ -206,7 +206,10 @@ def _launch(parsed: argparse.Namespace) -> int:
     if words[:1] != ["train"]:
         raise InputError(f"launch: -- train ... is wanted behind the flags of launch, not {' '.join(words) or 'nothing'!r}")
     if is_elastic(parsed):
-        check_elastic(check_job(words, parsed.max_np or parsed.min_np))
+        config = check_job(words, parsed.max_np or parsed.min_np)
+        check_elastic(config)
+        if parsed.max_np is None and not parsed.script:
+            parsed.max_np = config.batch  # a worker more would never have an image
         return launch_elastic(parsed, words)
     if parsed.slurm and parsed.script:
         check_job(words, num_workers=1)

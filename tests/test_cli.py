@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,6 +64,7 @@ def train(dataset: Path, *words: object) -> list[object]:
         (["--resume", "absent"], "no run folder"),
         (["--resume"], "no run in"),
         (["--img", 100], "multiple of 32"),
+        (["--cfg", "yolov5n6", "--img", 96], "a multiple of 64, the largest stride of yolov5n6, is wanted: 128"),
         (["--freeze", 25], "all 25 layers"),
         (["--freeze", 3, 25], "layer 25 is beyond"),
         (["--freeze", "backbone"], "a number of layers"),
@@ -157,6 +159,21 @@ def test_an_elastic_job_names_its_batch(dataset: Path, here: Path, capsys: pytes
     assert list(here.iterdir()) == []
 
 
+def test_an_elastic_job_has_no_more_workers_than_a_batch_has_images(dataset: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("horoyolo.elastic.launch.launch_elastic", lambda parsed, words: asked.append(parsed.max_np) or 0)
+    for most in ([], ["--max-np", "3"]):
+        cli.main(["launch", "--min-np", "2", *most, "--dry-run", "--", *map(str, train(dataset, "--batch", 4))])
+    assert asked == [4, 3]
+
+
+def test_what_one_worker_alone_meets_is_told_with_its_name(
+    dataset: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOROVOD_RANK", "3")
+    assert refused(capsys, "train", "--data", "absent.yaml", "--cfg", "yolov5n").startswith(f"horoyolo: error: worker 3 on {platform.node()}: ")
+
+
 def test_a_dry_run_prints_what_would_run(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["launch", "-np", "2", "--dry-run", "--", *map(str, train(dataset, "--batch", 2))]) == 0
     line = capsys.readouterr().out
@@ -205,7 +222,8 @@ def test_a_corrupt_image_is_left_out_and_named(dataset: Path, here: Path, capsys
     assert "corrupt" in report
 
 
-def test_data_synth_makes_what_it_says(here: Path) -> None:
+def test_data_synth_makes_what_it_says(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "at least 0" in refused(capsys, "data", "synth", "--out", "data", "--images", 5, "--seed", -1)
     assert cli.main(["data", "synth", "--out", "data", "--images", "5", "--seed", "3"]) == 0
     assert len(list((here / "data" / "images").rglob("*.jpg"))) == 5
     again = here / "again"
