@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,8 @@ _AT_LEAST: dict[str, float] = {
     "comms.onebit_block": 8,
     "comms.powersgd_rank": 1,
     "hyp.lr0": 0,
+    "hyp.lrf": 0,
+    "hyp.weight_decay": 0,
     "hyp.anchor_t": 1,
     "hyp.warmup_epochs": 0,
     "hyp.anchors": 0,
@@ -297,7 +300,7 @@ _AT_LEAST: dict[str, float] = {
     "recipe.class_weights": 0,
     "recipe.patience": 0,
 }
-_PROBABILITIES = ("flipud", "fliplr", "mosaic", "mixup", "copy_paste")
+_FROM_0_TO_1 = ("hyp.flipud", "hyp.fliplr", "hyp.mosaic", "hyp.mixup", "hyp.copy_paste", "hyp.label_smoothing", "optim.ema_decay")
 
 
 def validate(config: Config) -> None:
@@ -316,21 +319,36 @@ def validate(config: Config) -> None:
     for key, choices in _CHOICES.items():
         if value_of(key) not in choices:
             raise InputError(f"{key} = {value_of(key)!r}; {nearest_of(str(value_of(key)), choices)}")
+    for key, value in _numbers(config):
+        if not math.isfinite(value):
+            raise InputError(f"{key} = {value}; a finite number is wanted")
     for key, least in _AT_LEAST.items():
         if not value_of(key) >= least:
             raise InputError(f"{key} = {value_of(key)}; at least {least:g} is wanted")
     if config.batch == 0:
         raise InputError("batch = 0; at least 1 is wanted, or -1 for as many as all workers can hold")
     if config.img % 32:
-        raise InputError(f"img = {config.img}; a multiple of 32, the largest stride, is wanted: {round(config.img / 32) * 32}")
+        raise InputError(f"img = {config.img}; a multiple of 32 is wanted: {round(config.img / 32) * 32}")
+    if not 0 < config.hyp.momentum < 1:
+        raise InputError(f"hyp.momentum = {config.hyp.momentum}; above 0 and below 1 is wanted")
     if not 0 < config.comms.topk_ratio <= 1:
         raise InputError(f"comms.topk_ratio = {config.comms.topk_ratio}; a share above 0 and up to 1 is wanted")
     frozen_layers(config.recipe.freeze)
     if config.hyp.anchors and not config.recipe.autoanchor:
         raise InputError(f"hyp.anchors = {config.hyp.anchors:g} with --noautoanchor: new anchors are fitted to the data; leave one of the two out")
-    for name in _PROBABILITIES:
-        if not 0 <= getattr(config.hyp, name) <= 1:
-            raise InputError(f"hyp.{name} = {getattr(config.hyp, name)}; a probability from 0 to 1 is wanted")
+    for key in _FROM_0_TO_1:
+        if not 0 <= value_of(key) <= 1:
+            raise InputError(f"{key} = {value_of(key)}; from 0 to 1 is wanted")
+
+
+def _numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of the configuration by its key."""
+    for each in dataclasses.fields(tree):
+        value = getattr(tree, each.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{each.name}.")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{each.name}", value
 
 
 def check_elastic(config: Config) -> None:

@@ -19,10 +19,12 @@ HUES = (0, 60, 120)  # each class's middle hue in OpenCV's half degrees: red, gr
 def write_synthetic(out: str | Path, images: int, seed: int = 0, hw: tuple[int, int] = (240, 320)) -> FolderReport:
     """Write scenes as a data set with data.yaml: every fifth image is for val, the others for train.
 
-    The same arguments give the same files. Raises InputError for fewer than 2 images or where `out` exists.
+    The same arguments give the same files. Raises InputError for fewer than 2 images, a seed below 0, or where `out` exists.
     """
     if images < 2:
         raise InputError(f"{images} images are too few: one is needed for train and one for val, so at least 2")
+    if seed < 0:
+        raise InputError(f"seed {seed}; at least 0 is wanted")
     with new_folder(Path(out)) as folder:
         writer = FolderWriter(folder, NAMES, ("train", "val"))
         for number in range(images):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -218,6 +219,10 @@ def build_model_for(config: Config, num_classes: int, names: dict[int, str]) -> 
         for line in report.left_out:
             log.info("  left out: %s", line)
     model.freeze(frozen_layers(config.recipe.freeze))
+    stride = max(model.strides)
+    if config.img % stride:
+        whole = math.ceil(config.img / stride) * stride
+        raise InputError(f"img = {config.img}; a multiple of {stride}, the largest stride of {config.cfg or config.weights}, is wanted: {whole}")
     return model
 
 
