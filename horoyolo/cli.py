@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from horoyolo import __version__
 from horoyolo.config import Config, InputError, check_elastic
-from horoyolo.files import atomic_file
+from horoyolo.files import write_json
 from horoyolo.flags import describe_train, train_config
 from horoyolo.launch.status import announce_worker, report_status
 
@@ -320,9 +320,7 @@ def _check_data(parsed: argparse.Namespace) -> int:
     _print_lines([line for check in checks for line in check.lines()])
     if parsed.json:
         found = {check.scan.split: check.as_dict() for check in checks}
-        with atomic_file(parsed.json, "w") as stream:
-            json.dump(describe_content([scan_split(spec, name, strict=False) for name in names]) | {"found": found}, stream, indent=1)
-            stream.write("\n")
+        write_json(parsed.json, describe_content([scan_split(spec, name, strict=False) for name in names]) | {"found": found})
     for name in names:
         scan_split(spec, name)  # what training would refuse ends this with the same line
     return DONE
@@ -388,13 +386,11 @@ def _report(parsed: argparse.Namespace) -> int:
     if not parsed.ledger:
         lines = diagnose_run(parsed.run_folder)
         if parsed.json:
-            with atomic_file(parsed.json, "w") as stream:
-                json.dump({"diagnosis": lines}, stream, indent=1)
+            write_json(parsed.json, {"diagnosis": lines})
         return _print_lines(lines)
     account = read_account(parsed.run_folder / FILE)
     if parsed.json:
-        with atomic_file(parsed.json, "w") as stream:
-            json.dump(account.as_json(), stream, indent=1)
+        write_json(parsed.json, account.as_json())
     _print_lines(account.lines())
     return DONE if account.exact else FAILED
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 @contextmanager
@@ -31,6 +32,14 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes ``content`` to ``path``, whose folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, "w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.write("\n")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from horoyolo.data.loader import collate_train
 from horoyolo.data.scan import scan_split
 from horoyolo.data.spec import load_data_spec
 from horoyolo.engine.build import build_model_for
-from horoyolo.files import atomic_file
+from horoyolo.files import write_json
 from horoyolo.model.anchors import best_possible_recall
 from horoyolo.report.plots import plot_batch, plot_boxes
 
@@ -118,8 +117,7 @@ def show_stats(config: Config, augmented: bool, out: Path | None, json_file: Pat
             first = collate_train(samples[: len(batches[0])], config.img)
             plot_batch(torch.as_tensor(first.images), first.targets, spec.names, out / "samples.png")
     if json_file is not None:
-        with atomic_file(json_file, "w") as stream:
-            json.dump([asdict(figures) for figures in found], stream, indent=1)
+        write_json(json_file, [asdict(figures) for figures in found])
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from horoyolo.data.spec import load_data_spec
 from horoyolo.distributed.comm import open_comm
 from horoyolo.engine.device import numerics_for, pick_device
 from horoyolo.engine.evaluate import evaluate
-from horoyolo.files import atomic_file
+from horoyolo.files import write_json
 from horoyolo.model.weights import model_from_weights
 from horoyolo.report.logs import start_logs
 
@@ -47,9 +46,7 @@ def validate(
     if comm.rank() == 0:
         print("\n".join(table(metrics)))
         for path in json_files:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path, "w") as stream:
-                json.dump(metrics, stream, indent=1)
+            write_json(path, metrics)
     comm.barrier()
     comm.close()
     return metrics

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from horoyolo.bench.figures import machine, paired_ratio, progress, settings, spread, write_json
+from horoyolo.bench.figures import machine, paired_ratio, progress, settings, spread
 from horoyolo.bench.processes import SHORT, chosen_place, launched, orderly_end, peer_script, side_by_side
 from horoyolo.compression.base import ring_bytes
+from horoyolo.files import write_json
 
 SOCKETS = "plain sockets"
 
@@ -43,7 +44,8 @@ def bench_allreduce(parsed: argparse.Namespace) -> dict[str, Any]:
             variants[name][str(size)]["rate_against_sockets"] = paired_ratio(times[name][size], times[SOCKETS][size])
     _print_table(sizes, variants)
     report = {"machine": machine(), "settings": settings(parsed), "workers": place.num_workers, "variants": variants}
-    write_json(parsed.json, report)
+    if parsed.json:
+        write_json(parsed.json, report)
     if parsed.plot:
         from horoyolo.bench.plots import plot_allreduce
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from horoyolo import config as configuration
 from horoyolo.bench.compression_worker import row_words
-from horoyolo.bench.figures import machine, paired_ratio, progress, settings, spread, write_json
+from horoyolo.bench.figures import machine, paired_ratio, progress, settings, spread
 from horoyolo.bench.flags import PEERS
 from horoyolo.bench.links import AS_IT_IS, check_rate, shaped
 from horoyolo.bench.processes import Place, chosen_place, launched, orderly_end, peer_script, side_by_side
@@ -22,6 +22,7 @@ from horoyolo.bench.verdict import OVERLAPPED, auto_against_best, verdict_lines
 from horoyolo.compression.base import ring_bytes
 from horoyolo.compression.build import AUTO, COMPRESSORS, build_compressor
 from horoyolo.config import Comms, Config, InputError
+from horoyolo.files import write_json
 
 OVERLAPS = {"no": (False,), "yes": (True,)}
 PARTS = ("encode_s", "wait_s", "decode_s", "wire_bytes", "interface_bytes")  # of a step, beside its time
@@ -53,7 +54,8 @@ def bench_compression(parsed: argparse.Namespace) -> dict[str, Any]:
             print(f"{place.name}, {_link_name(label, rate)}, {parsed.cfg}, {parsed.img} px, {parsed.batch} images each, {variant}")
             print_table(report["links"][label])
     print("\n".join(verdict_lines(report["links"], parsed.entries or list(COMPRESSORS))))
-    write_json(parsed.json, report)
+    if parsed.json:
+        write_json(parsed.json, report)
     if parsed.plot:
         from horoyolo.bench.plots import plot_compression
 

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from horoyolo.bench.figures import machine, paired_ratio, progress, settings, spread, write_json
+from horoyolo.bench.figures import machine, paired_ratio, progress, settings, spread
 from horoyolo.bench.flags import ELASTIC_PEERS
 from horoyolo.bench.processes import Place, chosen_place, orderly_end
 from horoyolo.bench.record import Seen
 from horoyolo.bench.systems import Size, System, check_peers, ours, running, stock, torchrun
 from horoyolo.data.synthetic import write_synthetic
+from horoyolo.files import write_json
 from horoyolo.launch.remote import LaunchError
 
 START_LIMIT_S = 180.0
@@ -52,7 +53,8 @@ def bench_elastic(parsed: argparse.Namespace) -> dict[str, Any]:
         if parsed.repeats:
             report["rates"] = measure_rates(ways, place, Path(name), parsed)
             print_rates(report["rates"], place)
-    write_json(parsed.json, report)
+    if parsed.json:
+        write_json(parsed.json, report)
     return report
 
 

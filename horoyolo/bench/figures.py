@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import platform
 import statistics
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
-
-from horoyolo.files import atomic_file
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -25,6 +24,10 @@ def paired_ratio(values: Sequence[float], baseline: Sequence[float]) -> float:
 
 def machine() -> str:
     """The processor's name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
@@ -36,10 +39,3 @@ def settings(parsed: argparse.Namespace) -> dict[str, Any]:
 def progress(line: str) -> None:
     """Says on standard error what is being measured, to somebody who waits."""
     print(line, file=sys.stderr, flush=True)
-
-
-def write_json(path: str, content: dict[str, Any]) -> None:
-    """Writes ``content`` to ``path``; an empty path: nowhere."""
-    if path:
-        with atomic_file(path, "w") as stream:
-            json.dump(content, stream, indent=1)

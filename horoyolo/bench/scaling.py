@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from horoyolo.bench.figures import machine, paired_ratio, progress, settings, write_json
+from horoyolo.bench.figures import machine, paired_ratio, progress, settings
 from horoyolo.bench.processes import SHORT, Place, chosen_place, launched, orderly_end, side_by_side
 from horoyolo.bench.step import table, variant_name
+from horoyolo.files import write_json
 from horoyolo.launch.job import Job
 
 
@@ -54,7 +55,8 @@ def bench_scaling(parsed: argparse.Namespace) -> dict[str, Any]:
             result[name]["rate_against_stock"] = ratio
             print(f"{name}: {ratio:.2f}x the rate of stock Horovod's DistributedOptimizer")
     report = {"machine": machine(), "settings": settings(parsed), "workers": place.num_workers, "variants": result}
-    write_json(parsed.json, report)
+    if parsed.json:
+        write_json(parsed.json, report)
     return report
 
 

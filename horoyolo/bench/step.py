@@ -12,13 +12,14 @@ from typing import Any, Protocol
 
 import torch
 
-from horoyolo.bench.figures import machine, paired_ratio, settings, spread, write_json
+from horoyolo.bench.figures import machine, paired_ratio, settings, spread
 from horoyolo.bench.links import sent_bytes
 from horoyolo.config import Config, Hyper, Optim
 from horoyolo.engine.build import build_loss
 from horoyolo.engine.device import Numerics, numerics_for, pick_device
 from horoyolo.engine.memory import peak_bytes
 from horoyolo.engine.optimizer import build_optimizer
+from horoyolo.files import write_json
 from horoyolo.model.yolo import build_model
 
 WARMUP_STEPS = 3
@@ -116,7 +117,8 @@ def bench_step(parsed: argparse.Namespace) -> dict[str, Any]:
     print(f"{parsed.cfg}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}")
     bench = bench_variants if len(parsed.img) == len(parsed.batch) == 1 else bench_sizes
     report = {"machine": machine(), "settings": settings(parsed), "variants": bench(parsed, device)}
-    write_json(parsed.json, report)
+    if parsed.json:
+        write_json(parsed.json, report)
     return report
 
 

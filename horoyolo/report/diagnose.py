@@ -50,6 +50,8 @@ def diagnose_run(folder: Path) -> list[str]:
             return diagnose(list(csv.DictReader(stream)))
     except OSError as error:
         raise InputError(f"{folder}: no results.csv of a run there ({error.strerror})") from None
+    except KeyError as error:
+        raise InputError(f"{folder / 'results.csv'}: it has no column {error}; one that horoyolo wrote is wanted") from None
 
 
 def diagnose(rows: Sequence[Mapping[str, str]]) -> list[str]:

@@ -96,5 +96,11 @@ def test_report_alone_is_the_diagnosis(tmp_path: Path, capsys: pytest.CaptureFix
     assert "no results.csv" in capsys.readouterr().err
     table = COURSES["about right"]
     (tmp_path / "results.csv").write_text("\n".join(",".join(row) for row in [list(table[0]), *(row.values() for row in table)]))
-    assert main(["report", str(tmp_path), "--json", str(tmp_path / "report.json")]) == 0
-    assert capsys.readouterr().out.splitlines() == json.loads((tmp_path / "report.json").read_text())["diagnosis"] == diagnose(table)
+    assert main(["report", str(tmp_path), "--json", str(tmp_path / "new" / "report.json")]) == 0
+    assert capsys.readouterr().out.splitlines() == json.loads((tmp_path / "new" / "report.json").read_text())["diagnosis"] == diagnose(table)
+
+
+def test_a_results_csv_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("epoch,train/box_loss\n0,0.1\n")
+    with pytest.raises(InputError, match=r"no column 'train_obj_loss'"):
+        diagnose_run(tmp_path)
