@@ -149,7 +149,7 @@ class Lossy(ABC):
         """The update is left out: state is again what it was before."""
 
     def reset(self) -> None:
-        """As ``Compressor.reset``. Overrides call this one."""
+        """As ``Compressor.reset``; by default what ``discard`` does."""
         self.discard()
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Fewer bits a value: codecs for ``Scatter``.
 
-All but bfloat16 give every block of values a scale of its own, the first four bytes of its row. A scale that is infinite or NaN makes the block so.
+All but bfloat16 give every block of values a scale of its own at the start of its row: four bytes, of ``OneBit`` one that holds an exponent. A scale
+that is infinite or NaN makes the block so.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -151,7 +150,7 @@ class DrawPlots(Hook):
     def after_step(self, record: StepRecord, batch: Any) -> None:
         if record.step <= PLOTTED_BATCHES:
             path = self._job.run.plots / f"train_batch{record.step - 1}.png"
-            drawn(path.name, lambda: plot_batch(batch.images, batch.targets, self._job.model.names, path))
+            plot_batch(batch.images, batch.targets, self._job.model.names, path)
 
     def after_epoch(self, record: EpochRecord) -> None:
         if time.monotonic() - self._drawn_s >= CURVES_EVERY_S:
@@ -162,12 +161,4 @@ class DrawPlots(Hook):
         self._draw_curves()
 
     def _draw_curves(self) -> None:
-        drawn("curves", lambda: plot_curves(self._job.run.folder / "results.csv", self._job.run.plots))
-
-
-def drawn(what: str, draw: Callable[[], object]) -> None:
-    """Draws; where the disk is full there is no picture."""
-    try:
-        draw()
-    except OSError as error:
-        log.error("%s not drawn: %s", what, error)
+        plot_curves(self._job.run.folder / "results.csv", self._job.run.plots)
