@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from horoyolo.config import InputError
-from horoyolo.launch.hosts import NAME, Host, parse_hostfile, read_hostfile, slurm_hosts
-from horoyolo.launch.remote import is_local, is_this_machine
+from horoyolo.launch.hosts import Host, parse_hostfile, read_hostfile, slurm_hosts
+from horoyolo.launch.remote import is_local, is_this_machine, this_machine
 
 LIMIT_S = 10.0  # for a program's answer
 KUBERNETES = "/etc/mpi/discover_hosts.sh"  # which the MPI Operator keeps up to date: the names of the pods that run
@@ -141,12 +141,6 @@ def usable(hosts: Sequence[Host], names: Names) -> list[Host]:
     if not found:
         raise DiscoveryError(f"no known host among {', '.join(host.name for host in hosts)}")
     return found
-
-
-def this_machine() -> str:
-    """This machine's name for itself, where it can be one."""
-    name = os.uname().nodename
-    return name if NAME.fullmatch(name) else "localhost"
 
 
 def _look_up(name: str) -> str:

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from horoyolo.launch.hosts import NAME
+
 # Without these a host that vanished keeps its ssh, and whoever waits for it, until TCP gives up after many minutes.
 KEEPALIVE = ("-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=2")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -28,6 +30,12 @@ class Ssh:
 def is_local(host: str) -> bool:
     """Whether a host of a job is this machine, by its name."""
     return host in LOCAL_NAMES or host in (os.uname().nodename, os.uname().nodename.split(".")[0])
+
+
+def this_machine() -> str:
+    """This machine's name for itself, where it can be one."""
+    name = os.uname().nodename
+    return name if NAME.fullmatch(name) else "localhost"
 
 
 def is_this_machine(host: str) -> bool:

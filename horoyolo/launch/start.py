@@ -17,7 +17,7 @@ from horoyolo.launch.environment import job_env, launcher_env, travelling_env, w
 from horoyolo.launch.hosts import Host, local_hosts, parse_host_list, read_hostfile, slurm_hosts, take_slots
 from horoyolo.launch.interface import interface_to
 from horoyolo.launch.job import Job, all_local
-from horoyolo.launch.remote import LaunchError, Ssh, is_this_machine
+from horoyolo.launch.remote import LaunchError, Ssh, is_this_machine, this_machine
 from horoyolo.launch.run import job_command, new_status_dir, run_job
 from horoyolo.launch.script import render_script
 from horoyolo.launch.slurm import SlurmOptions, render_batch, slurm_options
@@ -35,9 +35,19 @@ def named_hosts(parsed: argparse.Namespace, env: Mapping[str, str]) -> list[Host
         hosts = slurm_hosts(env)
     else:
         return local_hosts(1)
-    if all(is_this_machine(host.name) for host in hosts):  # whatever it is called: launchers know it by one name best
-        return local_hosts(sum(host.slots for host in hosts)) if not parsed.slurm else hosts
-    return hosts
+    return hosts if parsed.slurm else with_one_name_here(hosts)
+
+
+def with_one_name_here(hosts: Sequence[Host]) -> list[Host]:
+    """The hosts with this machine, whatever it is called and however often, as one: by its own name among others, else as localhost.
+
+    By another name it would be taken for another machine, with a second agent here.
+    """
+    mine = [host for host in hosts if is_this_machine(host.name)]
+    here = sum(host.slots for host in mine)
+    if len(mine) == len(hosts):
+        return local_hosts(here)
+    return [Host(this_machine(), here) if host in mine else host for host in hosts if host not in mine[1:]]
 
 
 def chosen_hosts(parsed: argparse.Namespace, env: Mapping[str, str]) -> list[Host]:
