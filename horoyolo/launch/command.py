@@ -127,10 +127,11 @@ def check_words(job: Job, hosts: Sequence[Host], launcher: str) -> None:
         raise InputError("horovodrun between hosts needs --nic: the name of the interface by which they reach each other, such as eth0")
     if job.ssh.identity and not PLAIN.fullmatch(job.ssh.identity):
         raise InputError(f"{launcher} can't be told the key file {job.ssh.identity!r} safely: name it in ~/.ssh/config (IdentityFile)")
+    by_mpi = launcher == "mpirun" or (launcher == "horovodrun" and job.transport == "mpi")
     for name, value in job.env.items():
         if not NAME.fullmatch(name):
             raise InputError(f"{name!r} in the environment of the workers: letters, digits and '_' make a name")
-        if name.startswith("OMPI_MCA_") and not PLAIN.fullmatch(value):
+        if by_mpi and name.startswith("OMPI_MCA_") and not PLAIN.fullmatch(value):
             raise InputError(f"{name}={value!r}: Open MPI hands it to the other hosts' shells, where letters, digits and @%+=:,./^_- are safe")
     if ":" in job.argv and (launcher != "horovodrun" or job.transport == "mpi"):
         raise InputError("':' as a word of its own in the job: mpirun would take what follows for another program")

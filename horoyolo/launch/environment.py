@@ -28,10 +28,10 @@ PREFIXES = (
     *("CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_", "NCCL_", "HOROVOD_", "GLOO_", "OMPI_MCA_", "PMIX_MCA_", "UCX_", "FI_", "MPICH_", "I_MPI_"),
 )
 SECRET = re.compile(r"KEY|SECRET|TOKEN|PASS|PWD|CREDENTIAL|AUTH")
-# Devices are numbered by each machine; the rest is told to a worker by its own launcher, not by one around this launcher.
+# Devices are numbered by each machine; the rest is told by this launcher, not by one around it. (The MPI Operator sets words for ssh, with a blank.)
 OWN = re.compile(
     r"CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES|HOROVOD_(RANK|SIZE|(LOCAL|CROSS)_(RANK|SIZE)|HOSTNAME|ELASTIC)"
-    r"|HOROVOD_GLOO_(RENDEZVOUS_.*|IFACE)|HOROYOLO_(STATUS_DIR|ELASTIC_FD|SLOTS?|MEMORY)"
+    r"|HOROVOD_GLOO_(RENDEZVOUS_.*|IFACE)|HOROYOLO_(STATUS_DIR|ELASTIC_FD|SLOTS?|MEMORY)|OMPI_MCA_plm_rsh_args"
 )
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

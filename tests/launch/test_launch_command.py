@@ -102,6 +102,14 @@ def test_what_a_launcher_cannot_be_told_is_refused(changed, hosts, launcher, mes
     assert "\n" not in str(caught.value)
 
 
+def test_settings_of_open_mpi_matter_where_it_starts_workers():
+    job = replace(CLUSTER_JOB, env={"OMPI_MCA_btl": "a b"})
+    assert build_command(job, TWO, "horovodrun")
+    for launcher, transport in (("horovodrun", "mpi"), ("mpirun", "gloo")):
+        with pytest.raises(InputError, match="OMPI_MCA_btl='a b'"):
+            build_command(replace(job, transport=transport), TWO, launcher)
+
+
 def test_the_port_of_the_hosts_is_sshs():
     hosts = [replace(host, port=2200) for host in TWO]
     assert build_command(CLUSTER_JOB, hosts, "horovodrun")[8:10] == ["-p", "2200"]

@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from horoyolo.config import InputError
+from horoyolo.launch.command import build_command
 from horoyolo.launch.environment import (
     SSH_WRAPPER,
     is_secret,
@@ -37,6 +38,23 @@ PYTHON = str(Path(sys.executable).parent)
 
 def test_tuning_travels_and_little_else():
     assert travelling_env(HERE) == {name: HERE[name] for name in ("PATH", "NCCL_DEBUG", "HOROVOD_CYCLE_TIME", "OMP_NUM_THREADS", "NCCL_IB_PKEY")}
+
+
+# In the launcher's pod of an MPIJob, by the MPI Operator.
+OPERATOR = {
+    "OMPI_MCA_orte_keep_fqdn_hostnames": "true",
+    "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile",
+    "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10",
+    "OMPI_MCA_orte_set_default_slots": "1",
+}
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
+def test_a_job_starts_with_what_the_mpi_operator_sets(launcher):
+    job = Job(4, ("w",), env=job_env(HOSTS, 8, {**HERE, **OPERATOR}), nic="eth0")
+    assert "OMPI_MCA_plm_rsh_args" not in job.env  # mpirun gets its own
+    assert job.env["OMPI_MCA_orte_keep_fqdn_hostnames"] == "true"
+    assert build_command(job, HOSTS, launcher)
 
 
 def test_variables_that_the_user_names_travel_too():
