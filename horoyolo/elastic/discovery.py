@@ -26,7 +26,9 @@ from horoyolo.launch.remote import is_local, is_this_machine, this_machine
 LIMIT_S = 10.0  # for a program's answer
 KUBERNETES = "/etc/mpi/discover_hosts.sh"  # which the MPI Operator keeps up to date: the names of the pods that run
 BARE = re.compile(r"^[ \t]*([^\s:=#]+)[ \t]*(#.*)?$", re.MULTILINE)  # a line that names a host without a number
-UP = re.compile(r"(allocated|mixed|idle|completing|reserved|draining)\+?")  # a node that drains keeps its jobs; `*` behind it: does not answer
+# States of nodes that run their jobs, with the signs that sinfo puts behind them: for jobs that end there (+), plans (-), a booting (#, @, ^),
+# maintenance ($) or a power-down (!) to come. `*` (does not answer), `~` and `%` (off, going off) are none of them.
+UP = re.compile(r"(allocated|mixed|idle|completing|reserved|draining|planned|maint)[-+$@#^!]*")
 
 Ask = Callable[[], list[Host]]
 
@@ -69,7 +71,8 @@ def ask_program(argv: Sequence[str], slots_per_host: int | None) -> Ask:
 def ask_slurm(env: Mapping[str, str]) -> Ask:
     """The nodes of this allocation that are up. Asking raises DiscoveryError; this itself raises InputError outside an allocation."""
     hosts = slurm_hosts(env)
-    argv = ["sinfo", "--noheader", "--Node", "--responding", "--format=%N %T", "--nodes=" + ",".join(host.name for host in hosts)]
+    # --all: partitions too that are hidden
+    argv = ["sinfo", "--noheader", "--all", "--Node", "--responding", "--format=%N %T", "--nodes=" + ",".join(host.name for host in hosts)]
 
     def ask() -> list[Host]:
         states = dict(words for line in run(argv).splitlines() if len(words := line.split()) == 2)

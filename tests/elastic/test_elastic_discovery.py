@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from horoyolo.config import InputError
-from horoyolo.elastic.discovery import Discovery, DiscoveryError, Names, ask_hostfile, ask_program, ask_slurm, run, this_machine, usable, with_slots
+from horoyolo.elastic.discovery import UP, Discovery, DiscoveryError, Names, ask_hostfile, ask_program, ask_slurm, run, usable, with_slots
 from horoyolo.launch.hosts import Host
+from horoyolo.launch.remote import this_machine
 
 HERE = "localhost"
 
@@ -60,10 +61,21 @@ def test_a_program_that_hangs_is_ended_with_its_children(tmp_path):
 
 def test_slurm_is_the_allocation_and_the_nodes_that_are_up(tmp_path, monkeypatch):
     states = "n1 allocated\nn2 down*\nn3 mixed\nn3 mixed\nn4 idle*\nn9 idle"
-    program(tmp_path, f"printf '{states}'", "sinfo")
+    program(tmp_path, f"case $* in *--all*) printf '{states}';; esac", "sinfo")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     ask = ask_slurm({"SLURM_JOB_NODELIST": "n[1-4]", "SLURM_TASKS_PER_NODE": "2(x4)"})
     assert ask() == [Host("n1", 2), Host("n3", 2)]
+
+
+@pytest.mark.parametrize(
+    ("state", "is_up"),
+    [
+        *((state, True) for state in ("allocated+", "mixed-", "draining@", "allocated$", "maint", "planned", "idle#", "mixed^", "allocated!", "completing")),
+        *((state, False) for state in ("down", "drained", "idle~", "mixed%", "allocated*", "mixed-*", "unknown", "failing", "")),
+    ],
+)
+def test_a_node_of_slurm_is_up_while_it_keeps_its_jobs(state, is_up):
+    assert bool(UP.fullmatch(state)) == is_up
 
 
 def test_slurm_without_any_node_that_is_up_is_no_answer(tmp_path, monkeypatch):
