@@ -150,7 +150,7 @@ def _look_up(name: str) -> str:
     """The first address of a name, one of IPv4 where there is one; '' when it has none."""
     try:
         found = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_DGRAM)
-    except OSError:
+    except (OSError, UnicodeError):  # the latter for what is no name at all, such as a..b
         return ""
     return str(min(found, key=lambda each: each[0] != socket.AF_INET)[4][0])
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from horoyolo.config import InputError
 
 # Names end up on command lines and, inside Horovod and Open MPI, unquoted in shells: nothing that means something there may pass.
-NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
+# And what no name server can be asked for: nothing between two dots, or more than 63 signs there.
+NAME = re.compile(r"(?!.*\.\.)(?!.*[^.]{64})[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
 ADDRESS_6 = re.compile(r"[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?")
 MAX_NODES = 65536  # as in Slurm: a slip in a range is not to fill the memory
 LEGAL_LINE = "HOST, HOST slots=N max_slots=N port=N, HOST:N and # comments are legal"
@@ -36,7 +37,7 @@ class Host:
 
     def __post_init__(self) -> None:
         if not (NAME.fullmatch(self.name) or is_address_6(self.name)):
-            raise InputError(f"{self.name!r} is no host name: letters, digits, '_', '-' and '.' are, or an IPv6 address")
+            raise InputError(f"{self.name!r} is no host name: letters, digits, '_', '-' and '.' are, up to 63 between dots, or an IPv6 address")
         if self.slots < 1:
             raise InputError(f"{self.slots} slots; at least 1 is wanted")
         if self.max_slots is not None and self.max_slots < self.slots:

@@ -29,7 +29,7 @@ def own_address(host: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))
-        except OSError:  # an unknown name, or no route
+        except (OSError, UnicodeError):  # an unknown name, none at all, or no route
             return ""
         return probe.getsockname()[0]
 

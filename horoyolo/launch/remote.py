@@ -46,7 +46,7 @@ def is_this_machine(host: str) -> bool:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
         with socket.socket(family, kind, protocol) as trial:
             trial.bind(address)
-    except OSError:  # unknown, or elsewhere
+    except (OSError, UnicodeError):  # unknown, or elsewhere; no name at all, such as a..b
         return False
     return True
 

@@ -70,7 +70,7 @@ def test_slurm_is_the_allocation_and_the_nodes_that_are_up(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("state", "is_up"),
     [
-        *((state, True) for state in ("allocated+", "mixed-", "draining@", "allocated$", "maint", "planned", "idle#", "mixed^", "allocated!", "completing")),
+        *((state, True) for state in ("allocated+", "mixed-", "draining@", "allocated$", "maint", "planned", "idle#", "mixed^", "allocated!")),
         *((state, False) for state in ("down", "drained", "idle~", "mixed%", "allocated*", "mixed-*", "unknown", "failing", "")),
     ],
 )
@@ -98,6 +98,13 @@ def test_unknown_names_are_left_out_and_this_machine_is_one_host():
     assert known(Host("192.0.2.1", 2), Host("::1", 1), Host(here, 1)) == [Host("192.0.2.1", 2), Host(here, 2)]
     with pytest.raises(DiscoveryError, match="no known host"):
         known(Host("no.such.name.invalid", 2))
+
+
+@pytest.mark.parametrize("name", ["a..b", "a" * 64])
+def test_what_is_no_name_at_all_is_unknown(name):
+    names = Names()
+    names.learn([name])
+    assert names.address(name) == ""
 
 
 class NameServer:

@@ -7,6 +7,8 @@ import os
 import pytest
 
 from horoyolo.launch.hosts import Host, parse_host_list
+from horoyolo.launch.interface import own_address
+from horoyolo.launch.remote import is_this_machine
 from horoyolo.launch.start import with_one_name_here
 
 HERE = os.uname().nodename
@@ -24,3 +26,9 @@ HERE = os.uname().nodename
 )
 def test_this_machine_is_one_host_whatever_it_is_called(hosts, meant):
     assert with_one_name_here(parse_host_list(hosts)) == meant
+
+
+@pytest.mark.parametrize("name", ["a..b", "a" * 64, f"b.{'a' * 64}.c"])
+def test_what_is_no_name_at_all_is_not_this_machine(name):
+    assert not is_this_machine(name)
+    assert own_address(name) == ""
