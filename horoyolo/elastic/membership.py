@@ -38,7 +38,7 @@ JOIN_LIMIT_S = 15.0  # after a break, for a worker that was joining to fail
 END_LIMIT_S = 15.0  # for a process to be gone, before it is killed, and killed again
 DONE_LIMIT_S = 15.0  # after the first worker was done, for the others
 TRIES = 3  # to reach a host, before it is given up at the start
-FRUITLESS = 10  # generations in a row that broke without a death and without having lasted FRUITFUL_S
+FRUITLESS = 10  # generations in a row that never came up, or that broke without a death and without having lasted FRUITFUL_S
 FRUITFUL_S = 30.0
 ABORTED = (-signal.SIGABRT, 128 + signal.SIGABRT)
 
@@ -80,6 +80,7 @@ class Generation:
     state: str = JOINING
     changing_s: float = 0.0
     broken_s: float = 0.0
+    was_up: bool = False
     interrupted: bool = False
     deaths: int = 0
     statuses: list[int] = field(default_factory=list)  # of members that ended after all had joined
@@ -105,6 +106,7 @@ class Membership:
         self._below_s: float | None = None  # since when there are too few
         self._done_s: float | None = None
         self._fruitless = 0
+        self._unformed = 0  # generations in a row that never came up
         self._lines: list[str] = []
 
     # -- events
@@ -248,7 +250,8 @@ class Membership:
         if present is None or not members:
             return self._first(newcomers, now)
         if present.state == JOINING and all(worker.state == UP for worker in members):
-            present.state = UP
+            present.state, present.was_up = UP, True
+            self._unformed = 0
             took = f"{now - present.began_s:.2f} s after the change"
             self._lines.append(f"generation {present.number}: {len(members)} workers on {_hosts(members)}, {took}")
         if present.state == UP:
@@ -316,8 +319,9 @@ class Membership:
             return []
         self._below_s = None
         last = self.generation
-        if last is not None and last.state == BROKEN and not last.deaths and now - last.formed_s < FRUITFUL_S:
-            self._fruitless += 1
+        if last is not None and last.state == BROKEN:
+            self._unformed += not last.was_up
+            self._fruitless += not last.deaths and now - last.formed_s < FRUITFUL_S
         number = last.number + 1 if last else 1
         # The ranks of a host are neighbours, hosts in the order of their oldest worker: survivors keep their order.
         oldest: dict[str, int] = {}
@@ -409,8 +413,8 @@ class Membership:
                 self._finish(job_status(failed), "the last workers failed by themselves")
             elif self._below_s is not None and now - self._below_s >= BELOW_LIMIT_S and not any(worker.rank >= 0 for worker in living):
                 self._finish(1, f"no worker was left for {BELOW_LIMIT_S:.0f} s")
-        if self._fruitless >= FRUITLESS:
-            self._finish(1, f"{FRUITLESS} times in a row workers lost each other though none had died: see their network (horoyolo doctor)")
+        if max(self._fruitless, self._unformed) >= FRUITLESS:
+            self._finish(1, f"{FRUITLESS} times in a row workers did not find, or lost, each other: see their network and --nic (horoyolo doctor)")
 
     def _check_start(self, now: float) -> None:
         """Whether a job that has not begun never will."""

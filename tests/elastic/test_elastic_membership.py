@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from horoyolo.elastic.actions import Change, CloseHost, EndWorker, Finish, Form, Interrupt, OpenHost, StartWorker, number_places
 from horoyolo.elastic.membership import BELOW_LIMIT_S, UP, Limits, Membership
+from horoyolo.elastic.rests import Rests
 from horoyolo.launch.hosts import Host
 
 KILLED, ABORTED = -signal.SIGKILL, -signal.SIGABRT
@@ -364,6 +365,38 @@ def test_workers_that_lose_each_other_again_and_again_end_the_job(world):
         world.run(2)
     assert world.finish
     assert "network" in world.finish.why
+
+
+def test_workers_that_never_find_each_other_end_the_job():
+    """A wrong --nic, a firewall: one of them fails and the others abort, each time."""
+    world = World(Limits(2), A)
+    for _ in range(3000):
+        world.pass_time(1)
+        for name in [name for name, phase in world.phase.items() if phase == "starting"]:
+            world.say_ready(name)
+        for host in world.opening:
+            world.open.add(host)
+            world.membership.host_ready(host)
+        world.opening = []
+        world.end(world.pick(0, "placed") or "", 1)
+        if world.finish:
+            break
+    assert world.finish
+    assert world.finish.status == 1
+    assert "--nic" in world.finish.why
+    assert len(world.formed) == 11
+
+
+def test_deaths_while_joining_do_not_add_up_over_generations_that_came_up(world):
+    for _ in range(12):
+        world.membership._slot_rests = Rests()
+        world.end(world.pick(0, "up"), KILLED)
+        world.decide()
+        world.decide()  # places for the others
+        world.end(world.pick(0, "placed"), KILLED)
+        world.run(5)
+        assert world.up()
+        assert not world.finish
 
 
 def test_hosts_that_can_not_be_reached_end_a_job_that_has_not_begun():
