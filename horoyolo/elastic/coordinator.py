@@ -29,7 +29,7 @@ from horoyolo.launch.job import Job
 from horoyolo.launch.remote import is_local, ssh_argv
 from horoyolo.launch.run import SignalLog
 from horoyolo.launch.session import ssh_to
-from horoyolo.launch.status import STATUS_DIR
+from horoyolo.launch.status import STATUS_DIR, note_too_few
 
 POLL_S = 0.5
 END_S = 20.0  # agents kill what is left of the job, and leave
@@ -132,6 +132,8 @@ class Coordinator:
                 if isinstance(action, Finish):
                     if action.why:
                         self._log(action.why)
+                    if self.membership.too_few and action.status == 75:
+                        note_too_few()
                     return action.status
                 self._do(action, now)
             if self.membership.is_up():

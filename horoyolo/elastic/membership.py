@@ -95,6 +95,7 @@ class Membership:
         self.workers: dict[str, Worker] = {}
         self.generation: Generation | None = None
         self.stopping = False
+        self.too_few = False  # why it stops
         self.finished: Finish | None = None
         self._open: dict[str, bool] = {}  # host -> whether its agent is ready
         self._closing: set[str] = set()  # hosts whose agent was told to end: only when it has may there be another, which it would kill
@@ -314,7 +315,7 @@ class Membership:
         if len(ready) < self.limits.min_np and not stop:
             if not self._wait_below(len(ready), now) or not any(worker.rank >= 0 for worker in ready):
                 return []
-            stop = self.stopping = True
+            stop = self.stopping = self.too_few = True
         if not ready:
             return []
         self._below_s = None

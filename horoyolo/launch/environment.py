@@ -31,7 +31,7 @@ SECRET = re.compile(r"KEY|SECRET|TOKEN|PASS|PWD|CREDENTIAL|AUTH")
 # Devices are numbered by each machine; the rest is told by this launcher, not by one around it. (The MPI Operator sets words for ssh, with a blank.)
 OWN = re.compile(
     r"CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES|HOROVOD_(RANK|SIZE|(LOCAL|CROSS)_(RANK|SIZE)|HOSTNAME|ELASTIC)"
-    r"|HOROVOD_GLOO_(RENDEZVOUS_.*|IFACE)|HOROYOLO_(STATUS_DIR|ELASTIC_FD|SLOTS?|MEMORY)|OMPI_MCA_plm_rsh_args"
+    r"|HOROVOD_GLOO_(RENDEZVOUS_.*|IFACE)|HOROYOLO_(STATUS_DIR|ELASTIC_FD|SLOTS?|MEMORY|TOO_FEW)|OMPI_MCA_plm_rsh_args"
 )
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

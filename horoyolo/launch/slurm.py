@@ -15,6 +15,7 @@ from horoyolo.config import InputError
 from horoyolo.launch.environment import OPEN_MPI
 from horoyolo.launch.hosts import Host, take_slots
 from horoyolo.launch.job import Job
+from horoyolo.launch.status import TOO_FEW
 
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@+-]*")
 TIME = re.compile(r"[0-9]+(:[0-9]{1,2}){0,2}|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}")
@@ -154,6 +155,7 @@ def render_batch(
         else f"run={options.job_name}-${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}}",
         "",
         *(f"export {key}={shlex.quote(value)}" for key, value in sorted(_variables(options, launcher, env).items())),
+        *(TOO_FEW_NOTE if elastic else ()),
         *(_by_srun(words, options, folder, python) if launcher == "slurm" else _by_launch(words, elastic or ["--launcher", launcher], python)),
         *(REQUEUE_TOO_FEW if elastic else ()),
         *REQUEUE,
@@ -190,10 +192,16 @@ WAIT = (
     "done",
     "",
 )
-# An elastic job stops by itself when too few nodes are left.
+# An elastic job stops by itself when too few nodes are left, and says so: a file STOP in its run means that it is to stay stopped.
+TOO_FEW_NOTE = (
+    "",
+    "# Here the job notes that it stopped by itself: too few nodes were left for too long. Requeued, it gets others.",
+    f'export {TOO_FEW}="$PWD/.too-few-$SLURM_JOB_ID"',
+    f'rm -f "${TOO_FEW}"',
+)
 REQUEUE_TOO_FEW = (
-    "# 75 though nobody stopped it: too few nodes were left for too long. Requeued, it gets others.",
-    '[ "$status" = 75 ] && [ -z "$stopped" ] && time_is_up=yes',
+    f'[ -e "${TOO_FEW}" ] && [ -z "$stopped" ] && time_is_up=yes',
+    f'rm -f "${TOO_FEW}"',
     "",
 )
 REQUEUE = (

@@ -9,12 +9,14 @@ A batch script asks for the status of its job with ``python -m horoyolo.launch.s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 STATUS_DIR = "HOROYOLO_STATUS_DIR"
+TOO_FEW = "HOROYOLO_TOO_FEW"  # names a file that an elastic job leaves when it stops by itself, for want of workers
 PRECEDENCE = (2, 1, 75, 0)  # bad input explains the failures that follow from it
 
 
@@ -31,6 +33,13 @@ def report_status(status: int) -> int:
     """
     noted = _note("status", str(status))
     return 0 if status == 75 and noted else status
+
+
+def note_too_few() -> None:
+    """Tell a batch script, where there is one, that a job stopped because too few workers were left: a new allocation may have more."""
+    if os.environ.get(TOO_FEW):
+        with contextlib.suppress(OSError):  # it stays stopped, with its checkpoint
+            Path(os.environ[TOO_FEW]).touch()
 
 
 def announced_workers(folder: Path) -> list[int]:

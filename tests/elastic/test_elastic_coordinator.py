@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from elasticjob import wait_until
 
+from horoyolo.elastic.actions import Finish
 from horoyolo.elastic.agent import kept_memory
 from horoyolo.elastic.coordinator import Coordinator, Elastic
 from horoyolo.elastic.membership import Limits
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.job import Job
+from horoyolo.launch.run import SignalLog
 
 
 def pids(places) -> list[int]:
@@ -202,3 +204,16 @@ def test_a_lost_agent_is_started_again(start_elastic):
     second = job.wait_for(2, 2)
     assert not set(pids(first)) & set(pids(second))
     assert len(job.processes()) == 3  # the agent and two workers
+
+
+@pytest.mark.parametrize("too_few", [False, True])
+def test_a_job_that_stops_for_want_of_workers_tells_its_batch_script(too_few, monkeypatch, tmp_path):
+    note = tmp_path / "too-few"
+    monkeypatch.setenv("HOROYOLO_TOO_FEW", str(note))
+    coordinator = Coordinator(Job(1, (), {}), Elastic(Limits(1), lambda: [Host("localhost", 1)], 60))
+    coordinator.membership.too_few = too_few
+    coordinator.membership.finished = Finish(75, "")
+    with SignalLog() as signals:
+        assert coordinator.run(signals) == 75
+    coordinator.close()
+    assert note.exists() == too_few

@@ -277,10 +277,20 @@ def test_too_few_wait_and_then_stop_with_a_checkpoint(world):
     assert not world.form.stop
     world.run(40)
     assert world.form.stop
+    assert world.membership.too_few
     (place,) = world.form.places
     world.end(place.worker, 75)
     world.settle()
     assert world.finish == Finish(75, "")
+
+
+def test_a_worker_that_stops_by_itself_does_not_stop_for_want_of_workers(world):
+    """It found the file STOP."""
+    for name in world.up():
+        world.end(name, 75)
+    world.decide()
+    assert world.finish == Finish(75, "")
+    assert not world.membership.too_few
 
 
 def test_newcomers_wait_for_each_other(world):

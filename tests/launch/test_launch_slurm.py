@@ -52,7 +52,6 @@ def test_an_elastic_job_outlives_nodes():
     text = render_batch(TRAIN, SlurmOptions(nodes=4, tasks_per_node=2), "slurm", {}, "/a", "python", ["--min-np", "3"])
     assert "#SBATCH --no-kill\n" in text
     assert f'python -m horoyolo launch --slurm --min-np 3 -- {shlex.join(TRAIN[:-2])} --name "$run" --resume auto &\n' in text
-    assert text.index("stopped=yes") < text.index('[ -z "$stopped" ] && time_is_up=yes') < text.index("scontrol requeue")
     with pytest.raises(InputError, match="containers"):
         render_batch(TRAIN, SlurmOptions(apptainer="a.sif"), "slurm", {}, "/a", "python", ["--min-np", "3"])
 
@@ -189,6 +188,22 @@ def test_a_job_that_somebody_stops_saves_and_is_not_requeued(start_batch, tmp_pa
     assert process.wait(30) == 75
     assert (tmp_path / "scancel.txt").read_text().split() == ["--signal=TERM", "7"]
     assert not (tmp_path / "scontrol.txt").exists()
+
+
+@pytest.mark.parametrize(("job", "requeued"), [(': > "$HOROYOLO_TOO_FEW"; exit 75', True), ("exit 75", False), ("exit 1", False), ("exit 0", False)])
+def test_an_elastic_job_is_requeued_when_it_stopped_for_want_of_nodes_alone(job, requeued, tmp_path):
+    """75 by itself says that somebody stopped it: by a file STOP in the folder of its run, say."""
+    write_stubs(tmp_path)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{job}\n")
+    python.chmod(0o755)
+    script = tmp_path / "job.sh"
+    script.write_text(render_batch(TRAIN, FULL, "slurm", {}, str(tmp_path), str(python), ["--min-np", "2"]))
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", str(script)], env=env, check=False, timeout=30)
+    assert done.returncode == (75 if "75" in job else int(job[-1]))
+    assert (tmp_path / "scontrol.txt").exists() == requeued
+    assert not list(tmp_path.glob(".too-few*"))
 
 
 def wait_until(condition, timeout_s: float = 30) -> None:
