@@ -14,7 +14,7 @@ from horoyolo.elastic.channel import HANG_TIMEOUT_S
 from horoyolo.elastic.coordinator import Elastic, agent_argv, run_elastic, workers_env
 from horoyolo.elastic.discovery import KUBERNETES, Ask, DiscoveryError, Names, ask_hostfile, ask_program, ask_slurm, usable
 from horoyolo.elastic.membership import Limits
-from horoyolo.launch.environment import travelling_env, worker_env
+from horoyolo.launch.environment import nccl_env, travelling_env, worker_env
 from horoyolo.launch.hosts import local_hosts, parse_host_list
 from horoyolo.launch.job import Job
 from horoyolo.launch.run import new_status_dir
@@ -93,7 +93,7 @@ def _source(parsed: argparse.Namespace, env: Mapping[str, str]) -> tuple[Ask, fl
 def build_elastic_job(parsed: argparse.Namespace, words: Sequence[str], env: Mapping[str, str]) -> Job:
     """The job that each slot runs: ``words`` in this folder, with what may travel of ``env``."""
     words = words if "--elastic" in words else [*words, "--elastic"]
-    variables = {**travelling_env(env, parsed.variables), **worker_env(1, None, env), STATUS_DIR: str(new_status_dir())}
+    variables = {**nccl_env(parsed.nic), **travelling_env(env, parsed.variables), **worker_env(1, None, env), STATUS_DIR: str(new_status_dir())}
     argv = (sys.executable, "-m", "horoyolo", *words)
     return Job(parsed.min_np, argv, variables, nic=parsed.nic, ssh=chosen_ssh(parsed), cwd=str(Path.cwd()))
 

@@ -114,6 +114,11 @@ def job_env(hosts: Sequence[Host], num_cores: int, user_env: Mapping[str, str], 
     return {**({} if local else travelling), **worker_env(most, num_cores if local else None, user_env)}
 
 
+def nccl_env(nic: str) -> dict[str, str]:
+    """What tells NCCL of the interface that the user gave, if any."""
+    return {"NCCL_SOCKET_IFNAME": nic} if nic else {}
+
+
 def threads_here(env: Mapping[str, str], num_cores: int) -> int:
     """Threads for the worker that runs in ``env`` on a machine with ``num_cores``: its share among the workers there, by what launchers say."""
     if env.get("SLURM_STEP_NUM_TASKS") and env.get("SLURM_CPUS_PER_TASK"):
@@ -150,7 +155,10 @@ def added_env(job: Job, hosts: Sequence[Host], launcher: str, environ: Mapping[s
     env = dict(job.env)
     by_ssh = launcher != "slurm" and not all_local(hosts)
     if launcher == "slurm":
-        env = {**{name: value for name, value in OPEN_MPI.items() if name not in environ}, **env}
+        settings = dict(OPEN_MPI)
+        if job.nic and "OMPI_MCA_btl_tcp_if_exclude" not in environ:  # it takes one of the two
+            settings["OMPI_MCA_btl_tcp_if_include"] = job.nic
+        env = {**{name: value for name, value in settings.items() if name not in environ}, **env}
     if launcher == "hydra" and by_ssh:
         # Where MPICH, then Intel MPI, look for more words for ssh; they have no flag in common.
         extra = " ".join(ssh_options(ssh_of(job, hosts)))

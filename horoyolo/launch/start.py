@@ -13,7 +13,7 @@ from pathlib import Path
 from horoyolo.config import InputError
 from horoyolo.files import atomic_file
 from horoyolo.launch.command import launcher_folder
-from horoyolo.launch.environment import job_env, launcher_env, travelling_env, worker_env
+from horoyolo.launch.environment import job_env, launcher_env, nccl_env, travelling_env, worker_env
 from horoyolo.launch.hosts import Host, local_hosts, parse_host_list, read_hostfile, slurm_hosts, take_slots
 from horoyolo.launch.interface import interface_to
 from horoyolo.launch.job import Job, all_local
@@ -78,11 +78,13 @@ def stage_data(layout: DataLayout, parsed: argparse.Namespace, hosts: Sequence[H
 
 def build_job(parsed: argparse.Namespace, words: Sequence[str], hosts: Sequence[Host], env: Mapping[str, str]) -> Job:
     """The job that the flags of ``launch`` mean: ``words`` on each slot of ``hosts``, in this folder, with what may travel of ``env``."""
-    nic = parsed.nic or ("" if all_local(hosts) else interface_to(hosts))
+    local = all_local(hosts)
+    # srun and what it starts are told of no interface that nobody named: they find theirs by themselves.
+    nic = parsed.nic or ("" if local or chosen_launcher(parsed) == "slurm" else interface_to(hosts))
     return Job(
         num_workers=sum(host.slots for host in hosts),
         argv=(sys.executable, "-m", "horoyolo", *words),
-        env=job_env(hosts, len(os.sched_getaffinity(0)), env, parsed.variables),
+        env={**({} if local else nccl_env(parsed.nic)), **job_env(hosts, len(os.sched_getaffinity(0)), env, parsed.variables)},
         transport=parsed.transport,
         nic=nic,
         ssh=chosen_ssh(parsed),

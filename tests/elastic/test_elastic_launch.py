@@ -66,3 +66,12 @@ def test_the_dry_run_says_what_each_host_would_run(train, hosts, capsys, monkeyp
     assert {"HOROVOD_CONTROLLER=gloo", "HOROVOD_LOG_LEVEL=info", "HOROVOD_GLOO_TIMEOUT_SECONDS=120"} <= set(told)
     assert not any("AWS" in word or word.startswith("OMP_NUM") for word in told)
     assert shlex.split(job) == [sys.executable, "-m", "horoyolo", *train, "--elastic"]
+
+
+def test_the_interface_of_the_user_is_nccls_too(train, capsys, monkeypatch):
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    flags = ["launch", "--min-np", "1", "--nic", "lo", "--dry-run", "--", *train]
+    for told in ("lo", "eth7"):
+        assert main(flags) == 0
+        assert f"NCCL_SOCKET_IFNAME={told}" in shlex.split(capsys.readouterr().out.splitlines()[-2].removesuffix("\\"))
+        monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")

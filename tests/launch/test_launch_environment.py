@@ -153,6 +153,14 @@ def test_srun_gets_everything():
     assert launcher_env(Job(4, ("w",)), HOSTS, "slurm", {"OMPI_MCA_pml": "ucx"})["OMPI_MCA_pml"] == "ucx"
 
 
+def test_srun_hands_the_interface_to_mpi():
+    job = Job(4, ("w",), nic="ib0")
+    assert launcher_env(job, HOSTS, "slurm", {})["OMPI_MCA_btl_tcp_if_include"] == "ib0"
+    assert launcher_env(job, HOSTS, "slurm", {"OMPI_MCA_btl_tcp_if_include": "ib1"})["OMPI_MCA_btl_tcp_if_include"] == "ib1"
+    assert "OMPI_MCA_btl_tcp_if_include" not in launcher_env(job, HOSTS, "slurm", {"OMPI_MCA_btl_tcp_if_exclude": "lo"})
+    assert "OMPI_MCA_btl_tcp_if_include" not in launcher_env(Job(4, ("w",)), HOSTS, "slurm", {})
+
+
 def test_hydra_is_told_about_ssh():
     env = launcher_env(Job(4, ("w",), ssh=Ssh(port=2222)), HOSTS, "hydra", {})
     options = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=3 -o ServerAliveCountMax=2 -p 2222"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import pytest
 
+from horoyolo.launch.flags import describe_launch
 from horoyolo.launch.hosts import Host, parse_host_list
 from horoyolo.launch.interface import own_address
 from horoyolo.launch.remote import is_this_machine
-from horoyolo.launch.start import with_one_name_here
+from horoyolo.launch.start import build_job, with_one_name_here
 
 HERE = os.uname().nodename
 
@@ -32,3 +34,21 @@ def test_this_machine_is_one_host_whatever_it_is_called(hosts, meant):
 def test_what_is_no_name_at_all_is_not_this_machine(name):
     assert not is_this_machine(name)
     assert own_address(name) == ""
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    """What the flags of ``launch`` say."""
+    parser = argparse.ArgumentParser()
+    describe_launch(parser)
+    return parser.parse_args(words)
+
+
+TWO = parse_host_list("192.0.2.1:1,192.0.2.2:1")
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun", "hydra", "slurm"])
+def test_the_interface_of_the_user_is_nccls_too(launcher):
+    flags = parsed("--slurm", "--launcher", launcher, "--nic", "ib0")
+    assert build_job(flags, ["train"], TWO, {}).env["NCCL_SOCKET_IFNAME"] == "ib0"
+    assert build_job(flags, ["train"], TWO, {"NCCL_SOCKET_IFNAME": "ib1"}).env["NCCL_SOCKET_IFNAME"] == "ib1"
+    assert "NCCL_SOCKET_IFNAME" not in build_job(parsed("--launcher", launcher), ["train"], TWO, {}).env
