@@ -31,7 +31,7 @@ from pathlib import Path
 from horoyolo.elastic.channel import ALIVE_EVERY_S, FD, LEASE_S, MEMORY, SLOT, Lines, Message, encode
 from horoyolo.elastic.forkserver import Forked, ForkServer, ServerGone, can_fork
 from horoyolo.launch.agent import kill_job
-from horoyolo.launch.status import STATUS_DIR, reported_statuses
+from horoyolo.launch.status import STATUS_DIR, make_folder, remove_notes, reported_status
 
 SHARED_MEMORY = Path("/dev/shm")
 MEMORY_SUFFIX = "-memory"
@@ -136,8 +136,8 @@ class Agent:
     def _status(self, worker: _Worker) -> int:
         """How a worker ended: what it noted (``launch/status.py``), else the exit status, negative for a signal."""
         status = worker.process.wait()
-        notes = [noted for name, noted in reported_statuses(self.folder).items() if name.endswith(f".{worker.process.pid}")]
-        return notes[0] if notes and status >= 0 else status
+        noted = reported_status(self.folder, worker.process.pid)
+        return noted if noted is not None and status >= 0 else status
 
     # -- workers
 
@@ -223,14 +223,6 @@ def tell(worker: _Worker, message: Message) -> None:
         worker.channel.send(encode(message))
 
 
-def make_folder(folder: Path) -> None:
-    """The job's folder on this host, empty or as an earlier agent of the job left it. Raises OSError when it is somebody else's."""
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    if folder.stat().st_uid != os.geteuid():
-        raise PermissionError(f"{folder} belongs to another user")
-
-
 @contextlib.contextmanager
 def kept_memory(memory: Path) -> Iterator[None]:
     """A folder that is this agent's while the block runs, and is gone afterwards.
@@ -278,7 +270,7 @@ def main(folder: Path) -> None:
             agent.serve()
         finally:
             kill_job(folder)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_notes(folder)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What the launcher runs on each host of a job, beside the workers: it passes on their notes, hands them signals, and outlives them.
 
-``python -m horoyolo.launch.agent FOLDER`` makes the folder in which this host's workers leave notes (``status.py``) and talks in lines over its
-own input and output, which ssh carries: no port is open and no secret is needed. It says ``ready``, ``worker PID`` and ``status N``; it is told
-``alive``, again and again, ``signal N``, for every worker of this host, those that announce themselves later too, and ``end``. To the first
-signal it says ``signalled``, behind all workers that had announced themselves by then.
+``python -m horoyolo.launch.agent FOLDER`` makes sure of the folder in which this host's workers leave notes (``status.py``) and talks in lines
+over its own input and output, which ssh carries: no port is open and no secret is needed. It says ``ready``, ``worker PID`` and ``status N``; it
+is told ``alive``, again and again, ``signal N``, for every worker of this host, those that announce themselves later too, and ``end``. To the
+first signal it says ``signalled``, behind all workers that had announced themselves by then.
 
 After ``end``, when its input ends (the launcher or its ssh died) or when nothing came for LEASE_S (the network is gone), it kills every
 process of the job on this host and leaves. A process belongs to the job when it has the folder in its environment.
@@ -14,13 +14,12 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
-from horoyolo.launch.status import STATUS_DIR, announced_workers, reported_statuses
+from horoyolo.launch.status import STATUS_DIR, announced_workers, make_folder, remove_notes, reported_statuses
 
 POLL_S = 0.1
 LEASE_S = 15.0
@@ -115,7 +114,7 @@ def main(folder: Path) -> None:
     """Serve one job from its beginning to its end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the launcher decides when the job ends
-    folder.mkdir(mode=0o700)  # one that is there already belongs to somebody else
+    make_folder(folder)
     agent = Agent(folder)
     try:
         say(READY)
@@ -124,7 +123,7 @@ def main(folder: Path) -> None:
         kill_job(folder)
         with contextlib.suppress(BrokenPipeError):
             agent.pass_notes_on()
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_notes(folder)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ ALIVE_EVERY_S = agent.LEASE_S / 5
 
 
 def new_status_dir() -> Path:
-    """A name for the status folder of a job, which its agents make on each host."""
+    """A name for the status folder of a job, which its agents make on each host, or together where TMPDIR is the same for several."""
     return Path(tempfile.gettempdir()) / f"horoyolo-job-{secrets.token_hex(8)}"
 
 

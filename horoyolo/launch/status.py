@@ -42,6 +42,30 @@ def note_too_few() -> None:
             Path(os.environ[TOO_FEW]).touch()
 
 
+def make_folder(folder: Path) -> None:
+    """The folder of a job on this host, which an agent shares with those of other hosts where they see the same files, and an earlier one left.
+
+    A note says that there is an agent of this host, so that the folder stays as long as anybody needs it (``remove_notes``). Raises OSError when
+    the folder is somebody else's.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)  # TMPDIR may be there on the launcher's host alone
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        if folder.lstat().st_uid != os.geteuid():
+            raise PermissionError(f"{folder} belongs to another user") from None
+    (folder / f"agent.{_host()}.{os.getpid()}").touch()
+
+
+def remove_notes(folder: Path) -> None:
+    """Remove the notes of this host, and the folder unless there are other hosts' in it."""
+    with contextlib.suppress(OSError):  # such as that it is not empty
+        for path in folder.iterdir():
+            if path.name.lstrip(".").partition(".")[2].rpartition(".")[0] == _host():
+                path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def announced_workers(folder: Path) -> list[int]:
     """Process ids of the workers of this host that asked for signals."""
     return sorted(int(path.suffix[1:]) for path in folder.glob(f"worker.{_host()}.*"))
@@ -49,7 +73,16 @@ def announced_workers(folder: Path) -> list[int]:
 
 def reported_statuses(folder: Path) -> dict[str, int]:
     """The status that each worker left, by the name of its note; those of other hosts too where they see this folder."""
-    return {path.name: int(path.read_text()) for path in folder.glob("status.*")}
+    statuses = {}
+    for path in folder.glob("status.*"):
+        with contextlib.suppress(OSError):  # the agent of another host has just removed its own
+            statuses[path.name] = int(path.read_text())
+    return statuses
+
+
+def reported_status(folder: Path, pid: int) -> int | None:
+    """The status that a worker of this host left; None without one."""
+    return reported_statuses(folder).get(f"status.{_host()}.{pid}")
 
 
 def job_status(statuses: Iterable[int]) -> int:

@@ -178,3 +178,30 @@ def test_a_host_that_refuses_is_named(lab: Lab, dataset: Path, hostfile: Path, t
     assert done.returncode == 1
     assert "node2" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+STUB = Path(__file__).parents[1] / "launch" / "stub_worker.py"
+LAUNCH = """
+import os, sys
+from pathlib import Path
+from horoyolo.launch.environment import travelling_env
+from horoyolo.launch.hosts import parse_host_list
+from horoyolo.launch.job import Job
+from horoyolo.launch.run import new_status_dir, run_job
+from horoyolo.launch.start import with_one_name_here
+from horoyolo.launch.status import STATUS_DIR
+hosts, out, stub = sys.argv[1:]
+env = {**travelling_env(os.environ), "OMP_NUM_THREADS": "1", STATUS_DIR: str(new_status_dir())}
+job = Job(2, (sys.executable, stub, "fail", out), env=env, nic="eth0", cwd=str(Path.cwd()))
+sys.exit(run_job(job, with_one_name_here(parse_host_list(hosts))))
+"""
+
+
+def test_a_job_may_name_this_machine_by_its_address_and_have_a_tmpdir_that_all_see(lab: Lab, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    argv = [sys.executable, "-c", LAUNCH, f"{lab.address('node1')}:1,node2:1", str(tmp_path), str(STUB)]
+    done = lab.run("node1", argv, env={"TMPDIR": str(shared)})
+    assert done.returncode == 2, done.stderr  # as the worker of node2 noted, not horovodrun's own 1
+    assert len(list(tmp_path.glob("started.*"))) == 2
+    assert not list(shared.glob("horoyolo-*"))

@@ -36,3 +36,18 @@ def test_workers_are_told_of_before_a_signal_is_answered(tmp_path: Path) -> None
         assert told == [f"{WORKER} {worker.pid}", SIGNALLED]
         assert worker.wait(20) == -signal.SIGTERM
         assert agent.wait(20) == 0
+
+
+def test_agents_of_two_hosts_may_see_one_folder(tmp_path: Path) -> None:
+    """TMPDIR on a file system of the cluster, and not yet there on the second: the first that ends leaves the other its notes."""
+    folder = tmp_path / "tmp" / "notes"
+    argv = [sys.executable, "-m", "horoyolo.launch.agent", str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(argv, **pipes) as agent:
+        assert agent.stdout.readline().strip() == READY
+        (folder / "agent.n2.7").touch()
+        (folder / "status.n2.8").write_text("0")
+        agent.stdin.write(f"{END}\n")
+        agent.stdin.flush()
+        assert agent.wait(20) == 0
+    assert {path.name for path in folder.iterdir()} == {"agent.n2.7", "status.n2.8"}
