@@ -15,7 +15,7 @@ from horoyolo.elastic.coordinator import Elastic, agent_argv, run_elastic, worke
 from horoyolo.elastic.discovery import KUBERNETES, Ask, DiscoveryError, Names, ask_hostfile, ask_program, ask_slurm, usable
 from horoyolo.elastic.membership import Limits
 from horoyolo.launch.environment import nccl_env, travelling_env, worker_env
-from horoyolo.launch.hosts import local_hosts, parse_host_list
+from horoyolo.launch.hosts import Host, local_hosts, parse_host_list, slurm_hosts
 from horoyolo.launch.job import Job
 from horoyolo.launch.run import new_status_dir
 from horoyolo.launch.start import chosen_ssh, write_batch
@@ -76,8 +76,10 @@ def _source(parsed: argparse.Namespace, env: Mapping[str, str]) -> tuple[Ask, fl
         return ask, FILE_EVERY_S
     if parsed.hosts:
         hosts = parse_host_list(parsed.hosts)
+        _check_slots("--hosts", hosts, parsed.min_np)
         return (lambda: hosts), SLURM_EVERY_S
     if parsed.slurm:
+        _check_slots("--slurm", slurm_hosts(env), parsed.min_np)
         return ask_slurm(env), SLURM_EVERY_S
     if parsed.discovery_script or parsed.kubernetes:
         program = parsed.discovery_script or KUBERNETES
@@ -88,6 +90,13 @@ def _source(parsed: argparse.Namespace, env: Mapping[str, str]) -> tuple[Ask, fl
         return ask_program([os.path.abspath(program)], slots), PROGRAM_EVERY_S
     here = local_hosts(parsed.max_np or parsed.min_np)
     return (lambda: here), SLURM_EVERY_S
+
+
+def _check_slots(flag: str, hosts: Sequence[Host], min_np: int) -> None:
+    """Raises InputError where a list that does not change has too few slots, which would be waited for in vain."""
+    slots = sum(host.slots for host in hosts)
+    if slots < min_np:
+        raise InputError(f"--min-np {min_np}, but {slots} slots on {len(hosts)} hosts ({flag}): fewer workers or more slots are wanted")
 
 
 def build_elastic_job(parsed: argparse.Namespace, words: Sequence[str], env: Mapping[str, str]) -> Job:

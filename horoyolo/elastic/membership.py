@@ -105,6 +105,7 @@ class Membership:
         self._statuses: list[int] = []  # of workers that ended on request, or with nothing to do
         self._enough_s: float | None = None  # since when min_np workers are ready for the first generation
         self._below_s: float | None = None  # since when there are too few
+        self._below_told = False
         self._done_s: float | None = None
         self._fruitless = 0
         self._unformed = 0  # generations in a row that never came up
@@ -342,11 +343,14 @@ class Membership:
     def _wait_below(self, num_ready: int, now: float) -> bool:
         """Note that there are too few workers; whether that has gone on for too long."""
         if self._below_s is None:
-            self._below_s = now
-            if self.generation is not None:
-                wanted = f"at least {self.limits.min_np} are wanted (--min-np)"
-                self._lines.append(f"{num_ready} workers are ready, {wanted}: waiting for more, {BELOW_LIMIT_S:.0f} s")
-        return now - self._below_s >= BELOW_LIMIT_S
+            self._below_s, self._below_told = now, False
+        waited_s = now - self._below_s
+        # At the start all are missing for a moment.
+        if not self._below_told and (self.generation is not None or waited_s >= START_PATIENCE_S):
+            self._below_told = True
+            wanted = f"at least {self.limits.min_np} are wanted (--min-np)"
+            self._lines.append(f"{num_ready} workers are ready, {wanted}: waiting for more, {BELOW_LIMIT_S - waited_s:.0f} s")
+        return waited_s >= BELOW_LIMIT_S
 
     def _staff(self, wanted: set[str], now: float) -> list[Action]:
         """Workers and agents to start and to end."""

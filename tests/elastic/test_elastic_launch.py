@@ -42,6 +42,7 @@ def hosts(tmp_path) -> Path:
         (["--min-np", "1", "--script", "x"], "--slurm"),
         (["--min-np", "1", "--hostfile", "no/such/file"], "no/such/file"),
         (["--min-np", "1", "--discovery-script", "no/such/file"], "HOST:SLOTS"),
+        (["--min-np", "4", "--hosts", "a:2,b:1"], "3 slots on 2 hosts (--hosts)"),
         (["--min-np", "1", "--hosts", "a:x"], "--hosts, entry 1"),
     ],
 )
@@ -51,6 +52,14 @@ def test_bad_flags_are_told_in_one_line(flags, says, train, capsys, monkeypatch,
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
     assert not list(tmp_path.iterdir())
+
+
+def test_an_allocation_with_too_few_slots_is_told_at_once(train, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "1(x3)")
+    assert main(["launch", "--min-np", "4", "--slurm", "--", *train]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--min-np 4, but 3 slots on 3 hosts (--slurm)" in line
 
 
 def test_the_dry_run_says_what_each_host_would_run(train, hosts, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horoyolo.elastic.actions import Change, CloseHost, EndWorker, Finish, Form, Interrupt, OpenHost, StartWorker, number_places
+from horoyolo.elastic.actions import Change, CloseHost, EndWorker, Finish, Form, Interrupt, OpenHost, StartWorker, Tell, number_places
 from horoyolo.elastic.membership import BELOW_LIMIT_S, UP, Limits, Membership
 from horoyolo.elastic.rests import Rests
 from horoyolo.launch.hosts import Host
@@ -31,6 +31,7 @@ class World:
         self.generation = dict[str, int]()
         self.form: Form | None = None
         self.finish: Finish | None = None
+        self.told: list[str] = []
         self.list = list(hosts)
         self.membership.found(self.list)
         self.formed: list[Form] = []
@@ -76,6 +77,8 @@ class World:
                     self.phase[name] = "leaving"
                 for name in action.staying:
                     self.say_ready(name)
+            case Tell():
+                self.told.append(action.line)
             case Finish():
                 self.finish = action
 
@@ -407,6 +410,16 @@ def test_deaths_while_joining_do_not_add_up_over_generations_that_came_up(world)
         world.run(5)
         assert world.up()
         assert not world.finish
+
+
+def test_too_few_at_the_start_is_told_once():
+    world = World(Limits(3), A).run(25)
+    assert world.told == []
+    world.run(300)
+    assert world.told == ["2 workers are ready, at least 3 are wanted (--min-np): waiting for more, 570 s"]
+    world.run(400)
+    assert world.finish
+    assert world.finish.status == 1
 
 
 def test_hosts_that_can_not_be_reached_end_a_job_that_has_not_begun():
