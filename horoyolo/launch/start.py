@@ -141,9 +141,12 @@ def write_script(path: Path, text: str) -> int:
     """Writes an executable script; raises InputError when there is no place for it."""
     if not path.parent.is_dir():
         raise InputError(f"--script {path}: there is no folder {path.parent}")
-    with atomic_file(path, "w") as stream:
-        stream.write(text)
-    path.chmod(0o755)
+    try:
+        with atomic_file(path, "w") as stream:
+            stream.write(text)
+        path.chmod(0o755)
+    except OSError as error:
+        raise InputError(f"--script {path}: it can't be written: {error.strerror}; a file in a folder of yours is wanted") from error
     print(f"{path} written")
     return 0
 

@@ -7,11 +7,12 @@ import os
 
 import pytest
 
+from horoyolo.config import InputError
 from horoyolo.launch.flags import describe_launch
 from horoyolo.launch.hosts import Host, parse_host_list
 from horoyolo.launch.interface import own_address
 from horoyolo.launch.remote import is_this_machine
-from horoyolo.launch.start import build_job, with_one_name_here
+from horoyolo.launch.start import build_job, with_one_name_here, write_script
 
 HERE = os.uname().nodename
 
@@ -52,3 +53,13 @@ def test_the_interface_of_the_user_is_nccls_too(launcher):
     assert build_job(flags, ["train"], TWO, {}).env["NCCL_SOCKET_IFNAME"] == "ib0"
     assert build_job(flags, ["train"], TWO, {"NCCL_SOCKET_IFNAME": "ib1"}).env["NCCL_SOCKET_IFNAME"] == "ib1"
     assert "NCCL_SOCKET_IFNAME" not in build_job(parsed("--launcher", launcher), ["train"], TWO, {}).env
+
+
+@pytest.mark.parametrize(
+    ("place", "why"), [("", "Is a directory"), ("nowhere/run.sh", "there is no folder"), ("/proc/run.sh", "can't be written")]
+)
+def test_a_script_goes_where_a_file_can_be_written(place, why, tmp_path):
+    with pytest.raises(InputError, match=why) as caught:
+        write_script(tmp_path / place, "#!/bin/sh\n")
+    assert str(tmp_path / place) in str(caught.value)
+    assert not list(tmp_path.iterdir())
