@@ -148,7 +148,7 @@ def _horovod(cluster: Cluster, host: Host, facts: Mapping[str, Any]) -> Iterator
     elif load and not (load["horovod"]["gloo"] or load["horovod"]["mpi"]):
         yield Finding(ERROR, host.name, "horovod", "Horovod was built with neither Gloo nor MPI", rebuild)
     elif load and facts["gpus"] and not load["horovod"]["nccl"]:
-        remedy = f"on {host.name}: HOROVOD_GPU_OPERATIONS=NCCL scripts/build_horovod.sh"
+        remedy = f"on {host.name}: with nvcc of torch's CUDA release on PATH, scripts/setup.sh builds and installs it with NCCL"
         yield Finding(WARNING, host.name, "horovod", "it has GPUs, but Horovod was built without NCCL: gradients go through the CPU", remedy)
 
 
@@ -295,7 +295,7 @@ SAME: dict[str, tuple[Callable[[Mapping[str, Any]], str], str]] = {
         lambda facts: facts["packages"].get("torch", ""),
         "on {host}: pip install torch=={common}, then scripts/setup.sh builds Horovod for it",
     ),
-    "horovod": (horovod_build, "on {host}: build Horovod as elsewhere with scripts/build_horovod.sh"),
+    "horovod": (horovod_build, "on {host}: scripts/setup.sh builds and installs it as elsewhere; with NCCL where nvcc is on PATH"),
     "cuda": (lambda facts: facts.get("load", {}).get("cuda", ""), "on {host}: install the build of torch that the others have, for CUDA {common}"),
     "nccl": (nccl_version, "on {host}: install the build of torch that the others have, with NCCL {common}"),
     "horoyolo": (horoyolo_source, "bring the checkout on {host} to the same commit as the others"),

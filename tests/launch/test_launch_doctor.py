@@ -149,6 +149,9 @@ def test_gpus_without_nccl_cost_something() -> None:
     assert told(judge(cluster)) == [(WARNING, "node1", "horovod"), (WARNING, "node2", "horovod")]
     cluster.facts["node1"]["load"]["horovod"]["nccl"] = True
     assert told(judge(cluster)) == [(ERROR, "node2", "horovod"), (WARNING, "node2", "horovod")]
+    for finding in judge(cluster):  # the one script that also installs what it builds
+        assert "nvcc" in finding.remedy
+        assert "scripts/setup.sh" in finding.remedy
 
 
 def test_a_clock_is_only_judged_beyond_the_doubt() -> None:
