@@ -31,7 +31,7 @@ from pathlib import Path
 from horoyolo.elastic.channel import ALIVE_EVERY_S, FD, LEASE_S, MEMORY, SLOT, Lines, Message, encode
 from horoyolo.elastic.forkserver import Forked, ForkServer, ServerGone, can_fork
 from horoyolo.launch.agent import kill_job
-from horoyolo.launch.status import STATUS_DIR, make_folder, remove_notes, reported_status
+from horoyolo.launch.status import STATUS_DIR, make_folder, remove_notes, take_status
 
 SHARED_MEMORY = Path("/dev/shm")
 MEMORY_SUFFIX = "-memory"
@@ -131,13 +131,7 @@ class Agent:
         worker.channel.close()
         os.close(worker.ended)
         del self._workers[worker.name]
-        say({"is": "ended", "worker": worker.name, "status": self._status(worker)})
-
-    def _status(self, worker: _Worker) -> int:
-        """How a worker ended: what it noted (``launch/status.py``), else the exit status, negative for a signal."""
-        status = worker.process.wait()
-        noted = reported_status(self.folder, worker.process.pid)
-        return noted if noted is not None and status >= 0 else status
+        say({"is": "ended", "worker": worker.name, "status": end_status(self.folder, worker.process)})
 
     # -- workers
 
@@ -221,6 +215,16 @@ def tell(worker: _Worker, message: Message) -> None:
     """Tell a worker something. One that has ended, or has not read for so long that no more fits, is left alone: its end is seen elsewhere."""
     with contextlib.suppress(OSError):
         worker.channel.send(encode(message))
+
+
+def end_status(folder: Path, process: subprocess.Popen | Forked) -> int:
+    """How a worker that has ended did so: what it noted (``launch/status.py``), else the exit status, negative for a signal.
+
+    Its note is the last that it does, and all that is known where the server that it was forked from is gone.
+    """
+    status = process.wait()
+    noted = take_status(folder, process.pid)
+    return status if noted is None else noted
 
 
 @contextlib.contextmanager

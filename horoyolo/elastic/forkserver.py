@@ -3,7 +3,8 @@ the workers of a host share the memory of their libraries.
 
 The process (``horoyolo/warm.py``) runs beside the agent of each host, with the job's environment. Over the socket whose number is in FORKS it
 says ``{"is": "warm"}`` when its imports are done; then each request has one answer: ``{"fork": words, "env": variables}``, sent with the worker's
-end of its channel, ``{"pid": N}``; ``{"reap": pid}``, for a worker that has ended, ``{"status": N}``, negative for a signal.
+end of its channel, ``{"pid": N}``, null where there is no room for a fork; ``{"reap": pid}``, for a worker that has ended, ``{"status": N}``,
+negative for a signal.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ class ForkServer:
         """Reads what makes the channel readable: whether the server is warm; else it has ended."""
         return bool(self.channel.recv(MESSAGE_BYTES))
 
-    def fork(self, env: Mapping[str, str], channel: socket.socket) -> Forked:
-        """A new worker with these variables more, which has ``channel`` (ServerGone: none was forked)."""
+    def fork(self, env: Mapping[str, str], channel: socket.socket) -> Forked | None:
+        """A new worker with these variables more, which has ``channel``; None where there is no room for a fork (ServerGone: nobody forks)."""
         answer = self.ask({"fork": self.words, "env": dict(env)}, [channel.fileno()])
-        return Forked(answer["pid"], self)
+        return Forked(answer["pid"], self) if answer["pid"] else None
 
     def ask(self, request: dict[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
         """The answer to a request, once the server is warm (ServerGone)."""
@@ -130,9 +131,9 @@ def serve(control: socket.socket) -> tuple[list[str], dict[str, str]] | None:
             return None
         request = json.loads(part)
         if "reap" in request:
-            answer = {"status": os.waitstatus_to_exitcode(os.waitpid(request["reap"], 0)[1])}
+            answer: dict[str, int | None] = {"status": os.waitstatus_to_exitcode(os.waitpid(request["reap"], 0)[1])}
         else:
-            pid = os.fork()
+            pid = _fork()
             if pid == 0:
                 os.setsid()
                 control.close()
@@ -140,6 +141,13 @@ def serve(control: socket.socket) -> tuple[list[str], dict[str, str]] | None:
             os.close(descriptors[0])
             answer = {"pid": pid}
         control.send(json.dumps(answer).encode())
+
+
+def _fork() -> int | None:
+    try:
+        return os.fork()
+    except OSError:  # too many processes, or too little memory for another
+        return None
 
 
 def show_as(argv: Sequence[str]) -> None:

@@ -80,9 +80,15 @@ def reported_statuses(folder: Path) -> dict[str, int]:
     return statuses
 
 
-def reported_status(folder: Path, pid: int) -> int | None:
-    """The status that a worker of this host left; None without one."""
-    return reported_statuses(folder).get(f"status.{_host()}.{pid}")
+def take_status(folder: Path, pid: int) -> int | None:
+    """The status that a worker of this host left, which is gone then, since another may get its number; None without one."""
+    note = folder / f"status.{_host()}.{pid}"
+    try:
+        status = int(note.read_text())
+    except FileNotFoundError:
+        return None
+    note.unlink()
+    return status
 
 
 def job_status(statuses: Iterable[int]) -> int:
@@ -100,7 +106,7 @@ def _note(kind: str, text: str) -> bool:
     try:
         partial.write_text(text)
         partial.replace(path)  # the launcher may be reading
-    except FileNotFoundError:  # the launcher is gone, and its folder with it
+    except OSError:  # the launcher is gone, and its folder with it; or no more files go there
         return False
     return True
 

@@ -7,13 +7,16 @@ import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from horoyolo.elastic.agent import end_status
 from horoyolo.elastic.channel import FD
-from horoyolo.elastic.forkserver import Forked, ForkServer, ServerGone, can_fork
+from horoyolo.elastic.forkserver import Forked, ForkServer, ServerGone, can_fork, serve
 
 TIMEOUT_S = 30
 
@@ -83,7 +86,8 @@ def test_a_warm_process_can_be_forked(server: ForkServer) -> None:
     assert not [link for link in Path(f"/proc/{pid}/fd").iterdir() if "nvidia" in os.readlink(link)]
 
 
-def test_a_server_that_is_gone(argv: list[str]) -> None:
+def test_a_server_that_is_gone(argv: list[str], tmp_path: Path) -> None:
+    """What its workers noted at their end is known all the same."""
     server = ForkServer(argv, {**os.environ, "PYTHONPATH": "", "HOROYOLO_FORKS_FD": "none"}, None)
     server._process.kill()
     assert select.select([server.channel], [], [], TIMEOUT_S)[0]
@@ -91,8 +95,30 @@ def test_a_server_that_is_gone(argv: list[str]) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises(ServerGone):
         server.fork({FD: "3"}, theirs)
-    assert Forked(2**22, server).wait() == -signal.SIGKILL
+    orphan = Forked(2**22, server)
+    assert orphan.wait() == -signal.SIGKILL
+    assert end_status(tmp_path, orphan) == -signal.SIGKILL
+    (tmp_path / f"status.{os.uname().nodename}.{orphan.pid}").write_text("0")
+    assert end_status(tmp_path, orphan) == 0
+    assert end_status(tmp_path, orphan) == -signal.SIGKILL  # another one of that number
     server.close()
+
+
+def test_a_fork_that_there_is_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server goes on, and whoever asked can try another way."""
+    monkeypatch.setattr("horoyolo.elastic.forkserver.os.fork", Mock(side_effect=BlockingIOError))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    serving = threading.Thread(target=serve, args=[theirs])
+    serving.start()
+    asking = ForkServer.__new__(ForkServer)
+    asking.words, asking.channel = [], ours
+    with theirs:
+        with ours:
+            assert asking.hear_warm()
+            for _ in range(2):
+                assert asking.fork({}, theirs) is None
+        serving.join(TIMEOUT_S)
+        assert not serving.is_alive()
 
 
 def test_only_the_project_itself_is_forked() -> None:

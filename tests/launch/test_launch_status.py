@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from horoyolo.launch.status import STATUS_DIR, announced_workers, make_folder, remove_notes, report_status, reported_status, reported_statuses
+from horoyolo.launch.status import STATUS_DIR, announced_workers, make_folder, remove_notes, report_status, reported_statuses, take_status
 
 
 @pytest.fixture
@@ -30,11 +30,11 @@ def test_hosts_that_see_one_folder_share_it_until_the_last_leaves(on_host, monke
     assert report_status(75) == 0
     on_host("n1")
     assert report_status(2) == 2
-    assert (reported_status(folder, os.getpid()), sorted(reported_statuses(folder).values())) == (2, [2, 75])
+    assert sorted(reported_statuses(folder).values()) == [2, 75]
     assert announced_workers(folder) == []
     remove_notes(folder)
     assert reported_statuses(folder) == {f"status.n2.{os.getpid()}": 75}
-    assert reported_status(folder, os.getpid()) is None
+    assert take_status(folder, os.getpid()) is None  # it is another host's
     remove_notes(folder)  # again: others are still there
     on_host("n1.cluster")
     remove_notes(folder)
@@ -58,3 +58,11 @@ def test_somebody_elses_folder_is_not_taken(monkeypatch, tmp_path: Path) -> None
     monkeypatch.setattr("horoyolo.launch.status.os.geteuid", lambda: os.getuid() + 1)
     with pytest.raises(PermissionError, match="another user"):
         make_folder(tmp_path / "job")
+
+
+def test_a_run_that_is_done_ends_well_where_no_more_notes_go(monkeypatch, file_limit, tmp_path: Path) -> None:
+    monkeypatch.setenv(STATUS_DIR, str(tmp_path))
+    with file_limit(0):
+        assert report_status(0) == 0
+        assert report_status(75) == 75
+    assert reported_statuses(tmp_path) == {}
