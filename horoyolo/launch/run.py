@@ -144,15 +144,20 @@ class _Agents:
         self.close()
 
     def close(self) -> None:
-        """Close the lines: an agent that still listens ends its host's part of the job."""
+        """Close the lines: an agent that still listens ends its host's part of the job. A line that does not end in time is cut off."""
         self._selector.close()
         for process in self._processes.values():
             for stream in (process.stdin, process.stdout):
                 assert stream is not None
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
+        end_s = time.monotonic() + GRACE_S  # for all of them together
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, end_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     def _hear(self, host: str) -> None:
         stream = self._processes[host].stdout

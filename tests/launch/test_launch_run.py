@@ -12,7 +12,7 @@ import pytest
 from horoyolo.config import InputError
 from horoyolo.launch.hosts import local_hosts
 from horoyolo.launch.job import Job
-from horoyolo.launch.run import new_status_dir, run_job
+from horoyolo.launch.run import _Agents, new_status_dir, run_job
 from horoyolo.launch.status import STATUS_DIR, job_status
 
 STUB = str(Path(__file__).with_name("stub_worker.py"))
@@ -39,6 +39,16 @@ def test_one_status_for_a_job(statuses, expected):
 def test_unknown_launcher_lists_the_known_ones():
     with pytest.raises(InputError, match=r"'ssh'.*known are horovodrun, mpirun"):
         run_job(Job(2, ("true",)), local_hosts(2), "ssh")
+
+
+def test_lines_that_do_not_end_are_cut_off_after_one_limit_for_all(monkeypatch):
+    monkeypatch.setattr("horoyolo.launch.run.GRACE_S", 0.2)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    lines = {f"n{number}": subprocess.Popen(["sleep", "60"], **pipes) for number in range(5)}
+    begin_s = time.monotonic()
+    _Agents(lines).close()
+    assert 0.2 <= time.monotonic() - begin_s < 0.9
+    assert [line.returncode for line in lines.values()] == [-signal.SIGKILL] * 5
 
 
 def test_missing_launcher_is_named(monkeypatch, tmp_path):
