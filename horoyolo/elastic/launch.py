@@ -18,6 +18,7 @@ from horoyolo.launch.environment import nccl_env, travelling_env, worker_env
 from horoyolo.launch.hosts import Host, local_hosts, parse_host_list, slurm_hosts
 from horoyolo.launch.job import Job
 from horoyolo.launch.run import new_status_dir
+from horoyolo.launch.slurm import ELASTIC, check_container, slurm_options
 from horoyolo.launch.start import chosen_ssh, write_batch
 from horoyolo.launch.status import STATUS_DIR
 
@@ -52,6 +53,7 @@ def build_elastic(parsed: argparse.Namespace, env: Mapping[str, str]) -> Elastic
 
 def check_flags(parsed: argparse.Namespace) -> None:
     """Raises InputError for flags that an elastic job can't have."""
+    check_container(slurm_options(parsed), ELASTIC)
     for flag, value in (("-np", parsed.num_proc), ("--launcher", parsed.launcher), ("--stage", parsed.stage)):
         if value is not None:
             raise InputError(f"{flag}: not with --min-np; its workers are started by horoyolo itself, as many as there are slots, --max-np at most")

@@ -15,7 +15,7 @@ from horoyolo.config import InputError
 from horoyolo.launch.environment import OPEN_MPI
 from horoyolo.launch.hosts import Host, take_slots
 from horoyolo.launch.job import Job
-from horoyolo.launch.status import TOO_FEW
+from horoyolo.launch.status import STATUS_DIR, TOO_FEW
 
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@+-]*")
 TIME = re.compile(r"[0-9]+(:[0-9]{1,2}){0,2}|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}")
@@ -134,10 +134,7 @@ def render_batch(
         launcher = ELASTIC
     elif launcher not in ("slurm", *IN_ALLOCATION):
         raise InputError(f"unknown launcher {launcher!r} (--launcher) for a batch script: known are slurm, {', '.join(IN_ALLOCATION)}")
-    if options.in_container and launcher != "slurm":
-        raise InputError(f"containers (--container-image, --apptainer) go with --launcher slurm: {_by(launcher)} would start workers outside of them")
-    if options.in_container and not PLAIN.fullmatch(folder):
-        raise InputError(f"the folder {folder!r} can't be shown to a container: one without spaces, ',' and ':' is wanted")
+    check_container(options, launcher, folder)
     words, name = _without_name(train)
     num_workers = options.nodes * options.workers_per_node
     lines = [
@@ -163,6 +160,15 @@ def render_batch(
     return "\n".join(lines)
 
 
+def check_container(options: SlurmOptions, launcher: str, *folders: str) -> None:
+    """Raises InputError for a container that ``launcher`` would start workers outside of, or that ``folders`` can't be shown to."""
+    if options.in_container and launcher != "slurm":
+        raise InputError(f"containers (--container-image, --apptainer) go with --launcher slurm: {_by(launcher)} would start workers outside of them")
+    for folder in folders if options.in_container else ():
+        if not PLAIN.fullmatch(folder):
+            raise InputError(f"the folder {folder!r} can't be shown to a container: one without spaces, ',' and ':' is wanted")
+
+
 def srun_command(job: Job, hosts: Sequence[Host], options: SlurmOptions) -> list[str]:
     """The words that start a job's workers inside an allocation by srun and PMIx, one host's slots after the other's.
 
@@ -174,7 +180,8 @@ def srun_command(job: Job, hosts: Sequence[Host], options: SlurmOptions) -> list
     else:
         placed = ["--distribution=arbitrary", "--nodelist=" + ",".join(host.name for host in hosts for _ in range(host.slots))]
     folder = [f"--chdir={job.cwd}"] if job.cwd else []
-    return [*_srun(options), f"--nodes={len(hosts)}", f"--ntasks={job.num_workers}", *placed, *folder, *_container(options, job.cwd), *job.argv]
+    container = _container(options, job.cwd, job.env.get(STATUS_DIR, ""))
+    return [*_srun(options), f"--nodes={len(hosts)}", f"--ntasks={job.num_workers}", *placed, *folder, *container, *job.argv]
 
 
 RUN = '--name "$run" --resume auto'
@@ -248,7 +255,7 @@ def _variables(options: SlurmOptions, launcher: str, env: Mapping[str, str]) -> 
 
 
 def _by_srun(words: Sequence[str], options: SlurmOptions, folder: str, python: str) -> list[str]:
-    worker = [*_container(options, folder), "python3" if options.in_container else python, "-m"]
+    worker = [*_container(options, folder), python_in(options, python), "-m"]
     once = ["srun", "--nodes=1", "--ntasks=1"] if options.container_image else []
     return [
         "",
@@ -300,9 +307,14 @@ def _srun(options: SlurmOptions) -> list[str]:
     return ["srun", "--mpi=pmix", "--kill-on-bad-exit=1", cores]
 
 
-def _container(options: SlurmOptions, folder: str) -> list[str]:
-    """The words between srun and what runs in its container; ``folder`` is there too."""
-    mounts = ",".join(mount for mount in (f"{folder}:{folder}" if folder else "", options.container_mounts) if mount)
+def python_in(options: SlurmOptions, python: str) -> str:
+    """What runs workers: an image has a Python of its own, elsewhere than this machine's."""
+    return "python3" if options.in_container else python
+
+
+def _container(options: SlurmOptions, folder: str, notes: str = "") -> list[str]:
+    """The words between srun and what runs in its container; ``folder``, where it runs, and ``notes`` are there too."""
+    mounts = ",".join([*(f"{path}:{path}" for path in (folder, notes) if path), *filter(None, [options.container_mounts])])
     if options.container_image:
         workdir = [f"--container-workdir={folder}"] if folder else []
         return [f"--container-image={options.container_image}", *([f"--container-mounts={mounts}"] if mounts else []), *workdir]

@@ -20,7 +20,7 @@ from horoyolo.launch.job import Job, all_local
 from horoyolo.launch.remote import LaunchError, Ssh, is_this_machine, this_machine
 from horoyolo.launch.run import job_command, new_status_dir, run_job
 from horoyolo.launch.script import render_script
-from horoyolo.launch.slurm import SlurmOptions, render_batch, slurm_options
+from horoyolo.launch.slurm import SlurmOptions, check_container, python_in, render_batch, slurm_options
 from horoyolo.launch.stage import DataLayout, Stage
 from horoyolo.launch.status import STATUS_DIR
 
@@ -96,10 +96,11 @@ def build_job(parsed: argparse.Namespace, words: Sequence[str], hosts: Sequence[
 def launch(parsed: argparse.Namespace, words: Sequence[str], hosts: Sequence[Host]) -> int:
     """Prints, writes or runs the job and gives the exit status. Raises InputError, and LaunchError when a host can't be used."""
     launcher, options = chosen_launcher(parsed), slurm_options(parsed)
-    job = build_job(parsed, words, hosts, os.environ)
+    job, notes = build_job(parsed, words, hosts, os.environ), str(new_status_dir())
+    check_container(options, launcher, job.cwd, notes)
     if parsed.script:
         return write_script(parsed.script, render_script(job, hosts, launcher, os.environ))
-    job = replace(job, env={**job.env, STATUS_DIR: str(new_status_dir())})
+    job = replace(job, argv=(python_in(options, job.argv[0]), *job.argv[1:]), env={**job.env, STATUS_DIR: notes})
     if parsed.dry_run:
         print("\n".join(dry_run(job, hosts, launcher, options, os.environ)))
         return 0

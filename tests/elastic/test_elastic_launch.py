@@ -38,6 +38,7 @@ def hosts(tmp_path) -> Path:
         (["--min-np", "1", "--hang-timeout", "nan"], "at least 3"),
         (["--min-np", "1", "-np", "2"], "-np"),
         (["--min-np", "1", "--launcher", "mpirun"], "--launcher"),
+        (["--min-np", "1", "--container-image", "img"], "containers"),
         (["--min-np", "1", "--transport", "mpi"], "gloo"),
         (["--min-np", "1", "--script", "x"], "--slurm"),
         (["--min-np", "1", "--hostfile", "no/such/file"], "no/such/file"),

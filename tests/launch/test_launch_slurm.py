@@ -19,6 +19,7 @@ from horoyolo.launch.environment import worker_env
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.job import Job
 from horoyolo.launch.slurm import SlurmOptions, describe_slurm, render_batch, slurm_options, srun_command
+from horoyolo.launch.status import STATUS_DIR
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ("train", "--data", "data/blood.yaml", "--cfg", "yolov5s", "--batch", "128", "--epochs", "300", "--name", "blood")
@@ -69,6 +70,9 @@ def test_srun_inside_an_allocation():
     ]
     inside = srun_command(Job(4, ("w",), cwd="/a"), even, SlurmOptions(container_image="img", container_mounts="/data:/data"))
     assert inside[-5:] == ["--chdir=/a", "--container-image=img", "--container-mounts=/a:/a,/data:/data", "--container-workdir=/a", "w"]
+    env = {STATUS_DIR: "/tmp/notes"}
+    noted = srun_command(Job(4, ("w",), env=env, cwd="/a"), even, SlurmOptions(apptainer="a.sif"))
+    assert noted[-8:] == ["apptainer", "exec", "--bind", "/a:/a,/tmp/notes:/tmp/notes", "--pwd", "/a", "a.sif", "w"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 
 import pytest
 
@@ -12,7 +13,8 @@ from horoyolo.launch.flags import describe_launch
 from horoyolo.launch.hosts import Host, parse_host_list
 from horoyolo.launch.interface import own_address
 from horoyolo.launch.remote import is_this_machine
-from horoyolo.launch.start import build_job, with_one_name_here, write_script
+from horoyolo.launch.start import build_job, launch, with_one_name_here, write_script
+from horoyolo.launch.status import STATUS_DIR
 
 HERE = os.uname().nodename
 
@@ -63,3 +65,27 @@ def test_a_script_goes_where_a_file_can_be_written(place, why, tmp_path):
         write_script(tmp_path / place, "#!/bin/sh\n")
     assert str(tmp_path / place) in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def in_allocation(monkeypatch, tmp_path):
+    """Two nodes, one worker each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "1(x2)")
+    return [Host("n1", 1), Host("n2", 1)]
+
+
+def test_a_container_in_an_allocation_has_its_own_python_and_sees_the_notes(in_allocation, capsys, tmp_path):
+    flags = parsed("--slurm", "--container-image", "img", "--dry-run")
+    assert launch(flags, ["train"], in_allocation) == 0
+    env, argv = (shlex.split(line.removesuffix("\\")) for line in capsys.readouterr().out.splitlines()[-2:])
+    notes = dict(word.partition("=")[::2] for word in env)[STATUS_DIR]
+    mounts = f"--container-mounts={tmp_path}:{tmp_path},{notes}:{notes}"
+    assert argv[-7:-3] == ["--container-image=img", mounts, f"--container-workdir={tmp_path}", "python3"]
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun", "mpirun"])
+def test_a_container_goes_with_srun_alone(launcher, in_allocation):
+    with pytest.raises(InputError, match=f"go with --launcher slurm: {launcher} on the first node would start workers outside"):
+        launch(parsed("--slurm", "--launcher", launcher, "--nic", "lo", "--apptainer", "a.sif", "--dry-run"), ["train"], in_allocation)
