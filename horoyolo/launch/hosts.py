@@ -11,7 +11,7 @@ import ipaddress
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -117,16 +117,6 @@ def slurm_hosts(env: Mapping[str, str]) -> list[Host]:
     return _merged(_Entry(Host(node, number), f"{names}, node {place}", bare=False) for place, (node, number) in numbered)
 
 
-def lsf_hosts(env: Mapping[str, str]) -> list[Host]:
-    """The hosts of the LSF job that the environment describes (LSB_MCPU_HOSTS, ``a 4 b 4``)."""
-    text = env.get("LSB_MCPU_HOSTS", "")
-    words = text.split()
-    if not words or len(words) % 2:
-        raise InputError(f"LSB_MCPU_HOSTS={text!r} in the environment: HOST N HOST N ... is legal, inside an LSF job")
-    pairs = zip(words[::2], words[1::2], strict=True)
-    return _merged([_entry([name, f"slots={slots}"], f"LSB_MCPU_HOSTS, {name!r}", text, "HOST N is legal") for name, slots in pairs])
-
-
 def expand_nodelist(text: str, source: str = "node list") -> list[str]:
     """The names in a compressed list of Slurm such as ``n[001-003,7],gpu-a`` or ``r[1-2]n[01-16]``."""
     wrong = f"{source}={text!r}: "
@@ -154,45 +144,9 @@ def expand_counts(text: str, source: str = "tasks per node") -> list[int]:
     return counts
 
 
-def render_openmpi(hosts: Sequence[Host]) -> str:
-    """An Open MPI hostfile, with ``port=`` added where a host has one."""
-    return "".join(f"{host.name} slots={host.slots}{_keyword('max_slots', host.max_slots)}{_keyword('port', host.port)}\n" for host in hosts)
-
-
-def render_mpich(hosts: Sequence[Host]) -> str:
-    """A machine file of MPICH and Intel MPI; max_slots and ports have no place there."""
-    return "".join(f"{bracketed(host.name)}:{host.slots}\n" for host in hosts)
-
-
-def render_pbs(hosts: Sequence[Host]) -> str:
-    """A PBS node file: a line for each slot."""
-    return "".join(f"{bracketed(host.name)}\n" * host.slots for host in hosts)
-
-
 def render_host_list(hosts: Sequence[Host]) -> str:
     """What ``-H`` takes; max_slots and ports have no place there."""
     return ",".join(f"{bracketed(host.name)}:{host.slots}" for host in hosts)
-
-
-def render_slurm(hosts: Sequence[Host]) -> dict[str, str]:
-    """The variables by which Slurm describes an allocation of these hosts."""
-    counts = [(slots, len(list(run))) for slots, run in itertools.groupby(host.slots for host in hosts)]
-    tasks = ",".join(f"{slots}(x{repeats})" if repeats > 1 else f"{slots}" for slots, repeats in counts)
-    return {"SLURM_JOB_NODELIST": compress_nodelist([host.name for host in hosts]), "SLURM_TASKS_PER_NODE": tasks}
-
-
-def compress_nodelist(names: Sequence[str]) -> str:
-    """Names as Slurm writes them, in their order: ``n[001-003,7],gpu-a``."""
-    split = [re.fullmatch(r"(.*?)([0-9]{0,18})", name, re.DOTALL) for name in names]
-    parts = [(match[1], match[2]) for match in split if match]
-    items = []
-    for prefix, run in itertools.groupby(parts, key=lambda part: part[0] if part[1] else None):
-        if prefix is None:
-            items += [name for name, _ in run]
-        else:
-            ranges = list(_ranges([digits for _, digits in run]))
-            items.append(f"{prefix}[{','.join(ranges)}]" if len(ranges) > 1 or "-" in ranges[0] else prefix + ranges[0])
-    return ",".join(items)
 
 
 def bracketed(name: str) -> str:
@@ -274,18 +228,3 @@ def _expand_range(text: str, wrong: str) -> list[str]:
             raise InputError(f"{wrong}more than {MAX_NODES} nodes")
         numbers += [f"{number:0{len(match[1])}d}" for number in range(low, high + 1)]
     return numbers
-
-
-def _ranges(digits: Sequence[str]) -> Iterator[str]:
-    """Neighbours in counting order, with the same padding, as LOW-HIGH."""
-    low = last = digits[0]
-    for word in [*digits[1:], ""]:
-        if word and word == f"{int(last) + 1:0{len(low)}d}":
-            last = word
-            continue
-        yield low if low == last else f"{low}-{last}"
-        low = last = word
-
-
-def _keyword(name: str, value: int | None) -> str:
-    return "" if value is None else f" {name}={value}"

@@ -10,18 +10,13 @@ from hypothesis import strategies as st
 from horoyolo.config import InputError
 from horoyolo.launch.hosts import (
     Host,
-    compress_nodelist,
+    bracketed,
     expand_counts,
     expand_nodelist,
-    lsf_hosts,
     parse_host_list,
     parse_hostfile,
     read_hostfile,
     render_host_list,
-    render_mpich,
-    render_openmpi,
-    render_pbs,
-    render_slurm,
     slurm_hosts,
     take_slots,
 )
@@ -55,27 +50,32 @@ named = lists_of(st.builds(Host, names, slots))
 @settings(max_examples=60, deadline=None)
 @given(lists_of(whole_hosts()))
 def test_an_open_mpi_file_keeps_everything(hosts):
-    assert parse_hostfile(render_openmpi(hosts)) == hosts
+    keywords = [{"slots": host.slots, "max_slots": host.max_slots, "port": host.port} for host in hosts]
+    words = [[f"{name}={value}" for name, value in given.items() if value is not None] for given in keywords]
+    assert parse_hostfile("".join(f"{host.name} {' '.join(given)}\n" for host, given in zip(hosts, words, strict=True))) == hosts
 
 
 @settings(max_examples=60, deadline=None)
 @given(plain)
 def test_mpich_and_pbs_files_and_lists_keep_names_slots_and_order(hosts):
-    assert parse_hostfile(render_mpich(hosts)) == hosts
-    assert parse_hostfile(render_pbs(hosts)) == hosts
+    assert parse_hostfile("".join(f"{bracketed(host.name)}:{host.slots}\n" for host in hosts)) == hosts
+    assert parse_hostfile("".join(f"{bracketed(host.name)}\n" * host.slots for host in hosts)) == hosts
     assert parse_host_list(render_host_list(hosts)) == hosts
 
 
 @settings(max_examples=60, deadline=None)
 @given(named)
 def test_an_allocation_of_slurm_keeps_names_slots_and_order(hosts):
-    assert slurm_hosts(render_slurm(hosts)) == hosts
+    nodes, tasks = ",".join(host.name for host in hosts), ",".join(str(host.slots) for host in hosts)
+    assert slurm_hosts({"SLURM_JOB_NODELIST": nodes, "SLURM_TASKS_PER_NODE": tasks}) == hosts
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(names, min_size=1, max_size=40))
-def test_a_compressed_list_names_the_same_nodes(nodes):
-    assert expand_nodelist(compress_nodelist(nodes)) == nodes
+@given(st.sampled_from(["n", "gpu-", "r1c"]), st.integers(0, 999), st.integers(0, 30), st.integers(1, 5))
+def test_a_range_names_its_nodes(prefix, low, more, digits):
+    numbers = [f"{number:0{digits}d}" for number in range(low, low + more + 1)]
+    for text in (f"{prefix}[{numbers[0]}-{numbers[-1]}]", f"{prefix}[{','.join(numbers)}]"):
+        assert expand_nodelist(text) == [f"{prefix}{number}" for number in numbers]
 
 
 @settings(max_examples=60, deadline=None)
@@ -208,13 +208,6 @@ def test_slots_of_an_allocation():
 def test_wrong_counts_are_refused(text):
     with pytest.raises(InputError, match="N or N\\(xREPEATED\\)"):
         expand_counts(text)
-
-
-def test_slots_of_lsf():
-    assert lsf_hosts({"LSB_MCPU_HOSTS": "a 4 b 2"}) == [Host("a", 4), Host("b", 2)]
-    for wrong in ("", "a", "a 4 b", "a x", "a 4 a 4"):
-        with pytest.raises(InputError, match="LSB_MCPU_HOSTS"):
-            lsf_hosts({"LSB_MCPU_HOSTS": wrong})
 
 
 def test_a_file_that_is_not_there_or_no_text_is_bad_input(tmp_path):

@@ -57,9 +57,7 @@ def test_the_interface_of_the_user_is_nccls_too(launcher):
     assert "NCCL_SOCKET_IFNAME" not in build_job(parsed("--launcher", launcher), ["train"], TWO, {}).env
 
 
-@pytest.mark.parametrize(
-    ("place", "why"), [("", "Is a directory"), ("nowhere/run.sh", "there is no folder"), ("/proc/run.sh", "can't be written")]
-)
+@pytest.mark.parametrize(("place", "why"), [("", "Is a directory"), ("nowhere/run.sh", "there is no folder"), ("/proc/run.sh", "can't be written")])
 def test_a_script_goes_where_a_file_can_be_written(place, why, tmp_path):
     with pytest.raises(InputError, match=why) as caught:
         write_script(tmp_path / place, "#!/bin/sh\n")
