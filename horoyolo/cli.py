@@ -208,9 +208,7 @@ def _launch(parsed: argparse.Namespace) -> int:
     if is_elastic(parsed):
         config = check_job(words, parsed.max_np or parsed.min_np)
         check_elastic(config)
-        if parsed.max_np is None and not parsed.script:
-            parsed.max_np = config.batch  # a worker more would never have an image
-        return launch_elastic(parsed, words)
+        return launch_elastic(parsed, words, config.batch)
     if parsed.slurm and parsed.script:
         check_job(words, num_workers=1)
         return write_batch(parsed, words)

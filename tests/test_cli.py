@@ -14,6 +14,7 @@ import torch
 
 from horoyolo import cli
 from horoyolo.data.synthetic import write_synthetic
+from horoyolo.elastic.coordinator import Elastic
 from horoyolo.engine.checkpoint import serialised, write_checkpoint
 
 
@@ -160,11 +161,17 @@ def test_an_elastic_job_names_its_batch(dataset: Path, here: Path, capsys: pytes
 
 
 def test_an_elastic_job_has_no_more_workers_than_a_batch_has_images(dataset: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr("horoyolo.elastic.launch.launch_elastic", lambda parsed, words: asked.append(parsed.max_np) or 0)
-    for most in ([], ["--max-np", "3"]):
-        cli.main(["launch", "--min-np", "2", *most, "--dry-run", "--", *map(str, train(dataset, "--batch", 4))])
-    assert asked == [4, 3]
+    """And on this machine alone as many as were asked for."""
+    asked: list[tuple[int | None, int]] = []
+
+    def run(job: object, elastic: Elastic) -> int:
+        asked.append((elastic.limits.max_np, sum(host.slots for host in elastic.ask())))
+        return 0
+
+    monkeypatch.setattr("horoyolo.elastic.launch.run_elastic", run)
+    for most in ([], ["--max-np", "3"], ["--hosts", "a:9,b:9"]):
+        assert cli.main(["launch", "--min-np", "2", *most, "--", *map(str, train(dataset, "--batch", 4))]) == 0
+    assert asked == [(4, 2), (3, 3), (4, 18)]
 
 
 def test_what_one_worker_alone_meets_is_told_with_its_name(

@@ -41,14 +41,17 @@ def is_elastic(parsed: argparse.Namespace) -> bool:
     return False
 
 
-def build_elastic(parsed: argparse.Namespace, env: Mapping[str, str]) -> Elastic:
-    """What the flags say about an elastic job. Raises InputError for what can't be, an unreadable host list included."""
+def build_elastic(parsed: argparse.Namespace, env: Mapping[str, str], batch: int | None = None) -> Elastic:
+    """What the flags say about an elastic job. Raises InputError for what can't be, an unreadable host list included.
+
+    Workers are at most as many as a global ``batch`` has images: one more would never have one.
+    """
     check_flags(parsed)
     if parsed.script:
         raise InputError("--script: with --min-np it is a batch script for Slurm; give --slurm with it")
     ask, every_s = _source(parsed, env)
     hang_timeout_s = HANG_TIMEOUT_S if parsed.hang_timeout is None else parsed.hang_timeout
-    return Elastic(Limits(parsed.min_np, parsed.max_np), ask, every_s, by_srun=parsed.slurm, hang_timeout_s=hang_timeout_s)
+    return Elastic(Limits(parsed.min_np, parsed.max_np or batch), ask, every_s, by_srun=parsed.slurm, hang_timeout_s=hang_timeout_s)
 
 
 def check_flags(parsed: argparse.Namespace) -> None:
@@ -109,13 +112,13 @@ def build_elastic_job(parsed: argparse.Namespace, words: Sequence[str], env: Map
     return Job(parsed.min_np, argv, variables, nic=parsed.nic, ssh=chosen_ssh(parsed), cwd=str(Path.cwd()))
 
 
-def launch_elastic(parsed: argparse.Namespace, words: Sequence[str]) -> int:
+def launch_elastic(parsed: argparse.Namespace, words: Sequence[str], batch: int) -> int:
     """Prints the job, writes a batch script for it, or runs it, and gives the exit status. Raises InputError."""
     if parsed.slurm and parsed.script:
         check_flags(parsed)
         given = (("--min-np", parsed.min_np), ("--max-np", parsed.max_np), ("--hang-timeout", parsed.hang_timeout))
         return write_batch(parsed, words, [text for flag, value in given if value is not None for text in (flag, f"{value:g}")])
-    elastic = build_elastic(parsed, os.environ)
+    elastic = build_elastic(parsed, os.environ, batch)
     job = build_elastic_job(parsed, words, os.environ)
     if parsed.dry_run:
         print("\n".join(dry_run(job, elastic)))

@@ -34,7 +34,7 @@ def describe_elastic(parser: argparse.ArgumentParser, where: argparse._MutuallyE
     """Adds the flags of an elastic job, among them more ways to name hosts."""
     group = parser.add_argument_group("elastic", "workers may die, come and go while the job runs")
     group.add_argument("--min-np", type=int, default=None, metavar="N", help="make the job elastic: it goes on with as few workers as this")
-    group.add_argument("--max-np", type=int, default=None, metavar="N", help="workers at most; by default one a slot")
+    group.add_argument("--max-np", type=int, default=None, metavar="N", help="workers at most; by default one a slot, no more than images in a batch")
     where.add_argument("--discovery-script", metavar="FILE", help="a program that prints the hosts, HOST:SLOTS one a line; asked again and again")
     where.add_argument("--kubernetes", action="store_true", help="the pods of this MPIJob, as the MPI Operator lists them")
     group.add_argument("--slots-per-host", type=int, default=None, metavar="N", help="slots of a host that is listed without a number")
