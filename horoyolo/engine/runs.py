@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,13 +111,13 @@ def new_folder(project: Path, name: str, exist_ok: bool) -> Path:
     """
     folder = project / name
     number = 2
-    while not exist_ok:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            folder = project / f"{name}{number}"
-            number += 1
-        except OSError:
-            break
+    with contextlib.suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)  # FileExistsError here is of a link that leads nowhere, not of a name that is taken
+        while not exist_ok:
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                folder = project / f"{name}{number}"
+                number += 1
     return folder

@@ -45,8 +45,10 @@ def test_opening_a_new_run_makes_its_folder_and_nothing_in_it(tmp_path: Path) ->
 
 
 def test_where_no_folder_can_be_made_a_run_has_its_name_all_the_same(tmp_path: Path) -> None:
-    (tmp_path / "runs").touch()
-    assert new_folder(tmp_path / "runs", "exp", exist_ok=False) == tmp_path / "runs" / "exp"
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for project in (tmp_path / "file", tmp_path / "link", tmp_path / "link" / "train"):
+        assert new_folder(project, "exp", exist_ok=False) == project / "exp"
 
 
 def test_a_run_saves_its_configuration(tmp_path: Path) -> None:
