@@ -25,6 +25,7 @@ from horoyolo.data.labels import label_path, parse_labels, parse_outlines
 from horoyolo.data.spec import DataSpec
 
 MANY = 8192  # images for which it pays to start processes
+ABSENT = (FileNotFoundError, NotADirectoryError)
 NAMES_SHOWN = 5  # per line of a printed report; the report itself has all
 
 
@@ -38,7 +39,7 @@ class ScanReport:
     missing_labels: list[str] = field(default_factory=list)  # used as background
     empty_labels: list[str] = field(default_factory=list)  # used as background
     corrupt_images: list[str] = field(default_factory=list)  # left out
-    corrupt: list[str] = field(default_factory=list)  # this and the next three: lines dropped
+    corrupt: list[str] = field(default_factory=list)  # this and the next three: lines dropped, or files that can't be read
     out_of_range: list[str] = field(default_factory=list)
     zero_area: list[str] = field(default_factory=list)
     duplicate: list[str] = field(default_factory=list)
@@ -178,13 +179,15 @@ def _scan_image(spec: DataSpec, source: tuple[Path, CocoImage | None]) -> _Scann
     try:
         hw = image_hw(image)
     except DecodeError as error:
-        return _Scanned((0, 0), nothing, [("corrupt_images", spec.relative(image))], not isinstance(error.__cause__, OSError))
+        cause = error.__cause__
+        is_lasting = not isinstance(cause, OSError) or isinstance(cause, ABSENT)
+        return _Scanned((0, 0), nothing, [("corrupt_images", spec.relative(image))], is_lasting)
     if annotated is not None:
         return _scan_annotated(spec, image, hw, annotated)
     file = label_path(image)
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
+    except ABSENT:
         return _Scanned(hw, nothing, [("missing_labels", spec.relative(image))])
     except OSError as error:
         return _Scanned(hw, nothing, [("corrupt", f"{spec.relative(file)} ({error.strerror})")], is_lasting=False)

@@ -189,6 +189,17 @@ def test_what_could_not_be_read_is_looked_at_again(tmp_path: Path, monkeypatch: 
     assert scan_split(spec, "train").report.boxes == 2
 
 
+def test_a_listed_image_that_is_not_there_is_found_missing_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path, {"a": GOOD, "b": GOOD})
+    (tmp_path / "train.txt").write_text("./images/train/a.jpg\n./images/train/gone.jpg\n")
+    (tmp_path / "data.yaml").write_text("train: train.txt\nval: train.txt\nnames: [x, y]\n")
+    spec = load_data_spec(tmp_path / "data.yaml")
+    first = scan_split(spec, "train")
+    assert [Path(name).name for name in first.report.corrupt_images] == ["gone.jpg"]
+    monkeypatch.setattr(scan, "_scan_all", lambda *_: pytest.fail("scanned again"))
+    assert same(scan_split(spec, "train"), first)
+
+
 def test_processes_find_what_threads_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = write_set(tmp_path, {"a": GOOD, "b": None, "c": GOOD + "bad\n"}, {"b": JPEG[:20]})
     first = scan_split(spec, "train")
