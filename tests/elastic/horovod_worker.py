@@ -43,18 +43,18 @@ class Worker(Stub):
         super().listen()
 
     def interrupt(self) -> None:
-        """End the sockets of a generation that is broken."""
+        """End the sockets of a generation that is broken, unless this worker has left it already: they are the next one's then."""
         while True:
             with self.news:
-                while not any(message["tell"] == "interrupt" for message in self.told):
-                    self.news.wait()
+                self.news.wait_for(lambda: any(message["tell"] == "interrupt" for message in self.told))
+                meant = {message["generation"] for message in self.told if message["tell"] == "interrupt"}
                 self.told = [message for message in self.told if message["tell"] != "interrupt"]
-            for descriptor in open_sockets():
-                try:
-                    with socket.socket(fileno=os.dup(descriptor)) as copy:
-                        copy.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
+                for descriptor in open_sockets() if self.generation in meant else []:
+                    try:
+                        with socket.socket(fileno=os.dup(descriptor)) as copy:
+                            copy.shutdown(socket.SHUT_RDWR)
+                    except OSError:
+                        pass
 
     def train(self, plan: str) -> dict[str, Any] | None:
         raise NotImplementedError
@@ -75,7 +75,8 @@ class Worker(Stub):
         while True:
             self.say(say="ready", generation=self.generation)
             place = self.wait_for("place")
-            self.generation = place["generation"]
+            with self.news:
+                self.generation = place["generation"]
             os.environ.update({f"HOROVOD_{name.upper()}": str(place[name]) for name in NUMBERS})
             os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"] = place["addr"], str(place["port"])
             os.environ["HOROVOD_GLOO_IFACE"] = place["iface"]
