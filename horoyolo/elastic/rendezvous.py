@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import socketserver
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler
 
@@ -45,6 +46,11 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, *arguments: object) -> None:
         self.values: dict[str, bytes] = {}
         super().__init__(*arguments)  # type: ignore[arg-type]
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A worker that died while it was answered is told of by its agent."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import http.client
 import socket
+import struct
+import time
 
 import pytest
 
@@ -49,3 +51,14 @@ def test_a_closed_one_refuses(server):
     with pytest.raises(ConnectionRefusedError):
         ask(server, "GET", "/global_gloo/0")
     server.close()
+
+
+def test_a_worker_that_dies_while_it_asks_is_no_error(server, capfd):
+    for _ in range(20):
+        asking = socket.create_connection(("127.0.0.1", server.port))
+        asking.sendall(b"GET /global_gloo/0 HTTP/1.1\r\n")
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        asking.close()  # by a reset
+    assert ask(server, "PUT", "/global_gloo/0", b"here") == (200, b"")
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""
