@@ -16,6 +16,7 @@ from horoyolo.data.loader import collate_train
 from horoyolo.data.scan import scan_split
 from horoyolo.data.spec import load_data_spec
 from horoyolo.engine.build import build_model_for
+from horoyolo.engine.recipe import settle_anchors
 from horoyolo.files import write_json
 from horoyolo.model.anchors import best_possible_recall
 from horoyolo.report.plots import plot_batch, plot_boxes
@@ -92,7 +93,10 @@ def show_stats(config: Config, augmented: bool, out: Path | None, json_file: Pat
     """
     spec = load_data_spec(config.data)
     splits = [scan_split(spec, name) for name in spec.splits]
+    train = next((split for split in splits if split.name == "train"), None)
     model = build_model_for(config, spec.num_classes, spec.names)
+    if train and isinstance(model.table["anchors"], int):  # its table says how many, the boxes which
+        settle_anchors(model, train, config)
     anchors_wh = model.anchors_px.flatten(0, 1).double().cpu().numpy()
     found = []
 
@@ -107,7 +111,7 @@ def show_stats(config: Config, augmented: bool, out: Path | None, json_file: Pat
         shapes = [scaled_hw((int(height), int(width)), config.img / max(height, width)) for height, width in split.shapes_hw]
         look(split.name, split.labels, np.array(shapes))
     if augmented:
-        train = next((split for split in splits if split.name == "train"), None) or scan_split(spec, "train")
+        train = train or scan_split(spec, "train")
         dataset = build_train_data(config, train)
         batches = list(build_sampler(config, train, max(model.strides)).batches(0, 1))
         keys = [key for batch in batches for key in batch][:AUGMENTED_IMAGES]

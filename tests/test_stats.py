@@ -8,9 +8,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import yaml
 
 from horoyolo import cli
 from horoyolo.data.synthetic import write_synthetic
+from horoyolo.model.yolo import load_layer_table
 from horoyolo.stats import QUANTILES, describe
 
 
@@ -53,3 +55,13 @@ def test_the_command_prints_each_split_and_what_the_model_sees(tmp_path: Path, c
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
     assert all(cv2.imread(str(tmp_path / "out" / name)) is not None for name in names)
     assert cli.main([*words, "--set", "hyp.mosaik=1"]) == 2
+
+
+def test_anchors_that_a_table_only_counts_are_fitted_to_the_boxes(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "set", 40)
+    (tmp_path / "counted.yaml").write_text(yaml.safe_dump({**load_layer_table("yolov5n"), "anchors": 3}))
+    words = ["data", "stats", "--data", str(tmp_path / "set" / "data.yaml"), "--cfg", str(tmp_path / "counted.yaml"), "--img", "128"]
+    assert cli.main([*words, "--json", str(tmp_path / "stats.json")]) == 0
+    figures = json.loads((tmp_path / "stats.json").read_text())
+    assert len(figures[0]["nearest_anchor"]) == 9
+    assert figures[0]["anchor_recall"] > 0.9
