@@ -27,7 +27,7 @@ from horoyolo.launch.environment import job_env, launcher_env, worker_env
 from horoyolo.launch.hosts import Host, local_hosts, take_slots
 from horoyolo.launch.interface import interface_to
 from horoyolo.launch.job import Job, all_local
-from horoyolo.launch.remote import LaunchError, Ssh, is_local, ssh_argv
+from horoyolo.launch.remote import LaunchError, Ssh, is_this_machine, ssh_argv
 from horoyolo.launch.run import end_process
 from horoyolo.launch.session import ssh_to
 from horoyolo.launch.start import chosen_ssh, named_hosts
@@ -68,7 +68,7 @@ class Place:
 
     def argv_on(self, host: Host, argv: Sequence[str]) -> list[str]:
         """What runs a command on one of the hosts, from here."""
-        return list(argv) if is_local(host.name) else ssh_argv(host.name, argv, ssh_to(host, self.ssh))
+        return list(argv) if is_this_machine(host.name) else ssh_argv(host.name, argv, ssh_to(host, self.ssh))
 
 
 def chosen_place(parsed: argparse.Namespace) -> Place:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Sequence
 
 from horoyolo.launch.hosts import Host
-from horoyolo.launch.remote import is_local
+from horoyolo.launch.remote import is_this_machine
 
 SIOCGIFADDR = 0x8915  # from linux/sockios.h: the IPv4 address of an interface
 
@@ -19,7 +19,7 @@ def interface_to(hosts: Sequence[Host]) -> str:
     Nothing is sent: the kernel says which address it would send from.
     """
     for host in hosts:
-        if not is_local(host.name):
+        if not is_this_machine(host.name):
             return interface_of(own_address(host.name))
     return ""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from horoyolo.config import InputError
 from horoyolo.launch.hosts import Host
-from horoyolo.launch.remote import Ssh, is_local
+from horoyolo.launch.remote import Ssh, is_this_machine
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Job:
 
 def all_local(hosts: Sequence[Host]) -> bool:
     """Whether the whole job is on this machine."""
-    return all(is_local(host.name) for host in hosts)
+    return all(is_this_machine(host.name) for host in hosts)
 
 
 def ssh_of(job: Job, hosts: Sequence[Host]) -> Ssh:
     """How a launcher logs in, which it does alike for all hosts; raises InputError when the hosts' ports differ."""
-    ports = {host.port or job.ssh.port for host in hosts if not is_local(host.name)}
+    ports = {host.port or job.ssh.port for host in hosts if not is_this_machine(host.name)}
     if len(ports) > 1:
         raise InputError(f"ssh ports differ between hosts ({', '.join(sorted(map(str, ports)))}): launchers take one; put them into ~/.ssh/config")
     return Ssh(next(iter(ports), job.ssh.port), job.ssh.identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import socket
@@ -28,8 +29,13 @@ class Ssh:
 
 
 def is_local(host: str) -> bool:
-    """Whether a host of a job is this machine, by its name."""
+    """Whether a host of a job is this machine, by its name; nothing is looked up."""
     return host in LOCAL_NAMES or host in (os.uname().nodename, os.uname().nodename.split(".")[0])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address leads each machine to itself."""
+    return host in LOCAL_NAMES or host.startswith("127.")
 
 
 def this_machine() -> str:
@@ -38,6 +44,7 @@ def this_machine() -> str:
     return name if NAME.fullmatch(name) else "localhost"
 
 
+@functools.cache  # asked in many places of one start, and a name server may be slow
 def is_this_machine(host: str) -> bool:
     """Whether a name or an address leads here: only a machine's own addresses can be bound."""
     if is_local(host):

@@ -21,7 +21,7 @@ from horoyolo.launch.command import build_command, launcher_folder
 from horoyolo.launch.environment import launcher_env
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.job import Job
-from horoyolo.launch.remote import LaunchError, is_local, ssh_argv
+from horoyolo.launch.remote import LaunchError, is_this_machine, ssh_argv
 from horoyolo.launch.session import ssh_to
 from horoyolo.launch.slurm import SlurmOptions, srun_command
 from horoyolo.launch.status import STATUS_DIR, job_status
@@ -192,7 +192,7 @@ def _agent_lines(job: Job, hosts: Sequence[Host], launcher: str) -> dict[str, tu
     lines = {"localhost": (command, 1)}
     python_path = [f"PYTHONPATH={job.env['PYTHONPATH']}"] if "PYTHONPATH" in job.env else []
     for host in hosts:
-        if not is_local(host.name):
+        if not is_this_machine(host.name):
             lines[host.name] = (ssh_argv(host.name, ["env", "-C", job.cwd, *python_path, *command], ssh_to(host, job.ssh)), 1)
     return lines
 

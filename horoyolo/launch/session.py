@@ -16,7 +16,7 @@ from typing import Any
 
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.probe import MARK
-from horoyolo.launch.remote import Ssh, is_local, ssh_argv
+from horoyolo.launch.remote import Ssh, is_this_machine, ssh_argv
 
 PROBE = Path(__file__).with_name("probe.py")
 CONNECT_LIMIT_S = 30.0  # ssh itself gives up after 10 s, but a log-in may hang behind it, in a dead home folder, say
@@ -43,7 +43,7 @@ class Session:
         # Where the workers' Python is missing, the rest can still be looked at with the system's.
         script = f'python={shlex.quote(python)}; [ -x "$python" ] || python=python3; exec "$python" -u -c {shlex.quote(boot)}'
         command = ["sh", "-c", script]
-        argv = command if is_local(host.name) else ssh_argv(host.name, command, ssh_to(host, ssh))
+        argv = command if is_this_machine(host.name) else ssh_argv(host.name, command, ssh_to(host, ssh))
         self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         self._complaint = b""
         self._reader = threading.Thread(target=self._read_complaint, daemon=True)
@@ -148,7 +148,7 @@ def explain(host: Host, status: int, complaint: str) -> Unreachable:
     """What the end of an ssh or of what ran under it means, from its exit status and what it wrote to standard error."""
     lines = [line for line in complaint.splitlines() if line.strip()]
     last = lines[-1].strip() if lines else f"exit status {status}"
-    if status == SSH_FAILED and not is_local(host.name):
+    if status == SSH_FAILED and not is_this_machine(host.name):
         port = host.port or 22
         address = host.name if port == 22 else f"'[{host.name}]:{port}'"
         for sign, message, remedy in SSH_FAILURES:

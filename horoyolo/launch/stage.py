@@ -21,7 +21,7 @@ from typing import IO, Protocol
 
 from horoyolo.launch.hosts import Host, bracketed
 from horoyolo.launch.judge import size_text
-from horoyolo.launch.remote import Ssh, is_local, ssh_argv, ssh_options
+from horoyolo.launch.remote import Ssh, is_this_machine, ssh_argv, ssh_options
 from horoyolo.launch.session import SSH_FAILED, Unreachable, explain, ssh_to
 
 MAX_COPIES = 16  # at once: more would only share this machine's link, each with a list of all files in memory
@@ -220,7 +220,7 @@ class Stage:
         """Bring the unfinished copy up to date; what is there already is not sent again."""
         target = self._partial(host) + "/"
         remote: list[str] = []
-        if not is_local(host.name):
+        if not is_this_machine(host.name):
             remote = ["-s", "-e", shlex.join(["ssh", *ssh_options(ssh_to(host, self._ssh))])]
             target = f"{bracketed(host.name)}:{target}"
         checksum = ["--checksum"] if look_closely else []
@@ -285,13 +285,13 @@ class Stage:
 
     def _run(self, host: Host, command: Sequence[str], limit_s: float) -> tuple[int, str, str]:
         """Exit status, output and complaint of a command on a host; raises StageError when it can't be reached."""
-        argv = list(command) if is_local(host.name) else ssh_argv(host.name, command, ssh_to(host, self._ssh))
+        argv = list(command) if is_this_machine(host.name) else ssh_argv(host.name, command, ssh_to(host, self._ssh))
         with self._started(argv) as process:
             try:
                 output, complaint = (text.decode("utf-8", "replace") for text in process.communicate(timeout=limit_s))
             except subprocess.TimeoutExpired:
                 raise StageError(f"{host.name}: no answer within {limit_s:.0f} s; see what `horoyolo doctor` says of it") from None
-        if process.returncode == SSH_FAILED and not is_local(host.name):
+        if process.returncode == SSH_FAILED and not is_this_machine(host.name):
             raise _as_stage_error(host, explain(host, process.returncode, complaint))
         return process.returncode, output, complaint
 

@@ -17,7 +17,7 @@ from horoyolo.launch.environment import job_env, launcher_env, nccl_env, travell
 from horoyolo.launch.hosts import Host, local_hosts, parse_host_list, read_hostfile, slurm_hosts, take_slots
 from horoyolo.launch.interface import interface_to
 from horoyolo.launch.job import Job, all_local
-from horoyolo.launch.remote import LaunchError, Ssh, is_this_machine, this_machine
+from horoyolo.launch.remote import LaunchError, Ssh, is_loopback, is_this_machine, this_machine
 from horoyolo.launch.run import job_command, new_status_dir, run_job
 from horoyolo.launch.script import render_script
 from horoyolo.launch.slurm import SlurmOptions, check_container, python_in, render_batch, slurm_options
@@ -39,15 +39,20 @@ def named_hosts(parsed: argparse.Namespace, env: Mapping[str, str]) -> list[Host
 
 
 def with_one_name_here(hosts: Sequence[Host]) -> list[Host]:
-    """The hosts with this machine, whatever it is called and however often, as one: by its own name among others, else as localhost.
+    """The hosts with this machine, whatever it is called and however often, as one: by the first name given among others, else as localhost.
 
-    By another name it would be taken for another machine, with a second agent here.
+    By two names it would be taken for two machines, with two agents here. One that leads every host to itself becomes this machine's own name.
     """
     mine = [host for host in hosts if is_this_machine(host.name)]
-    here = sum(host.slots for host in mine)
+    slots = sum(host.slots for host in mine)
     if len(mine) == len(hosts):
-        return local_hosts(here)
-    return [Host(this_machine(), here) if host in mine else host for host in hosts if host not in mine[1:]]
+        return local_hosts(slots)
+    if not mine:
+        return list(hosts)
+    first, *others = mine
+    name = this_machine() if is_loopback(first.name) else first.name
+    here = replace(first, name=name, slots=slots, max_slots=None if others else first.max_slots)
+    return [here if host is first else host for host in hosts if host not in others]
 
 
 def chosen_hosts(parsed: argparse.Namespace, env: Mapping[str, str]) -> list[Host]:

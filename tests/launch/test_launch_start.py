@@ -17,6 +17,7 @@ from horoyolo.launch.start import build_job, launch, with_one_name_here, write_s
 from horoyolo.launch.status import STATUS_DIR
 
 HERE = os.uname().nodename
+ADDRESS = own_address("192.0.2.1") or HERE  # by which others may reach this machine; there may be none
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ HERE = os.uname().nodename
     [
         ("192.0.2.1:2,127.0.0.2:1", [Host("192.0.2.1", 2), Host(HERE, 1)]),
         (f"127.0.0.2:1,192.0.2.1:2,{HERE}:3", [Host(HERE, 4), Host("192.0.2.1", 2)]),
+        (f"192.0.2.1:2,{ADDRESS}:1,{HERE}:3", [Host("192.0.2.1", 2), Host(ADDRESS, 4)]),
         ("localhost:1,192.0.2.1:2", [Host(HERE, 1), Host("192.0.2.1", 2)]),
         ("127.0.0.2:1,localhost:2", [Host("localhost", 3)]),
         ("192.0.2.1:2,203.0.113.1:2", [Host("192.0.2.1", 2), Host("203.0.113.1", 2)]),
