@@ -43,13 +43,22 @@ class Run:
 
     def create(self, config: Config) -> None:
         """Makes the folders and saves the resolved configuration, whose time says when; what is there already takes no space (OSError)."""
-        for folder in (self.weights, self.checkpoints, self.plots, self.logs):
+        for folder in self._folders():
             folder.mkdir(parents=True, exist_ok=True)
         path, text = self.folder / "config.yaml", configuration.dump(config)
         if not path.is_file() or path.read_text() != text:
             with atomic_file(path, "w") as stream:
                 stream.write(text)
         path.touch()
+
+    def give_up(self) -> None:
+        """Removes the folders where nothing is in them: of a run that could not begin."""
+        for folder in (*self._folders(), self.folder):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def _folders(self) -> tuple[Path, ...]:
+        return self.weights, self.checkpoints, self.plots, self.logs
 
     def clear(self) -> None:
         """Removes what the run left when it last ended: a request to stop, and files half written. Only for whoever begins it: nobody else writes."""

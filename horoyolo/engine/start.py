@@ -1,4 +1,7 @@
-"""The train command: what comes before the loop. Nothing is written before everything that the user gave has been looked at."""
+"""The train command: what comes before the loop. Nothing is written before everything that the user gave has been looked at.
+
+A new run's folder alone is made earlier, empty: its name is taken by that.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import cv2
 import torch
 
 from horoyolo import __version__
-from horoyolo.config import AUTO_BATCH, Config, InputError, check_elastic
+from horoyolo.config import AUTO_BATCH, AgreedError, Config, check_elastic
 from horoyolo.data.cache import Beat, nothing
 from horoyolo.data.loader import ending
 from horoyolo.data.scan import Split, scan_split
@@ -54,7 +57,7 @@ def start_training(config: Config, on_ready: Callable[[], None], elastic: bool =
     comm = open_comm(cycle_time_ms(config))
     start_logs(comm.rank(), comm.size())
     if 0 < config.batch < comm.size():
-        raise InputError(f"batch = {config.batch} over {comm.size()} workers; at least one image for each is wanted")
+        raise AgreedError(f"batch = {config.batch} over {comm.size()} workers; at least one image for each is wanted")
     numerics = numerics_for(pick_device(config.device, comm.local_rank()), config.precision)
     splits = scan(spec, config)
     if config.batch == AUTO_BATCH:
@@ -108,7 +111,7 @@ def scan(spec: DataSpec, config: Config, beat: Beat = nothing) -> tuple[Split, S
 def open_folder(job: Training, begins: bool) -> None:
     """The run's folder, made by rank 0, with a log of every worker; every worker calls it.
 
-    Where the run ``begins`` and there can be no folder, all raise InputError; later a disk that is full stops nobody.
+    Where the run ``begins`` and there can be no folder, all raise AgreedError; later a disk that is full stops nobody.
     """
     comm, run = job.comm, job.run
     failed = ""
@@ -119,10 +122,12 @@ def open_folder(job: Training, begins: bool) -> None:
                 run.clear()
         except OSError as error:
             failed = f"run folder {run.folder}: {error.strerror} ({error.filename}); a disk with room, and the right to write there, are wanted"
+            if begins:
+                run.give_up()
     if begins:
         failed = comm.broadcast_object(failed)
         if failed:
-            raise InputError(failed)
+            raise AgreedError(failed)
     try:
         log_to_file(run.logs, comm.rank())
     except OSError as error:

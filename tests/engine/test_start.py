@@ -42,6 +42,7 @@ def test_a_run_without_a_folder_does_not_begin(open_job: Callable[..., Training]
     job.run = Run(job.run.folder / "new")
     with file_limit(0), pytest.raises(InputError, match=r"run folder .*/new: File too large .*a disk with room"):
         open_folder(job, begins=True)
+    assert not job.run.folder.exists()
 
 
 def test_what_was_left_goes_when_the_run_begins_and_not_later(open_job: Callable[..., Training]) -> None:
