@@ -8,13 +8,14 @@ import json
 import os
 import platform
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from horoyolo import __version__
-from horoyolo.config import Config, InputError, check_elastic
+from horoyolo.config import AgreedError, Config, InputError, check_elastic
 from horoyolo.files import write_json
 from horoyolo.flags import describe_train, train_config
 from horoyolo.launch.status import announce_worker, report_status
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "HOROYOLO_SLOT")
+TELL_S = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _told(error: BaseException) -> int:
     """Tells what ends this process as the user should see it; gives the exit status."""
+    if isinstance(error, AgreedError):
+        _tell_once(error)
+        return BAD_INPUT
     if isinstance(error, InputError):
         # It may be bad on this worker's host alone: each tells, since nobody else might.
         who = "" if _rank() == "0" else f"worker {_rank()} on {platform.node()}: "
@@ -53,6 +58,14 @@ def _told(error: BaseException) -> int:
     if not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)
     return FAILED
+
+
+def _tell_once(error: Exception) -> None:
+    """Tells what all workers meet: rank 0 does, and the others leave it time, since a launcher ends all with the first that ends."""
+    if _rank() == "0":
+        print(f"horoyolo: error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(TELL_S)
 
 
 def _rank() -> str:
@@ -126,8 +139,7 @@ def _train(parsed: argparse.Namespace) -> int:
     try:
         status = DONE if start_training(config, on_ready=announce_worker, elastic=parsed.elastic) else STOPPED
     except TrainingError as error:
-        if _rank() == "0":  # all meet the same
-            print(f"horoyolo: error: {error}", file=sys.stderr)
+        _tell_once(error)
         status = FAILED
     except BaseException as error:
         if not (parsed.elastic and FD in os.environ):

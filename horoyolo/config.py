@@ -22,6 +22,10 @@ class InputError(Exception):
     """The user gave something that can't be used: one line that says what, where and what would be right (exit status 2)."""
 
 
+class AgreedError(InputError):
+    """An InputError that every worker of the job raises, so that one of them tells it."""
+
+
 AUTO_BATCH = -1  # the batch is found out when training starts
 
 

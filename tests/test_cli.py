@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from horoyolo import cli
+from horoyolo.config import AgreedError
 from horoyolo.data.synthetic import write_synthetic
 from horoyolo.elastic.coordinator import Elastic
 from horoyolo.engine.checkpoint import serialised, write_checkpoint
@@ -179,6 +180,17 @@ def test_what_one_worker_alone_meets_is_told_with_its_name(
 ) -> None:
     monkeypatch.setenv("HOROVOD_RANK", "3")
     assert refused(capsys, "train", "--data", "absent.yaml", "--cfg", "yolov5n").startswith(f"horoyolo: error: worker 3 on {platform.node()}: ")
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", 1), ("3", 0)])
+def test_what_all_workers_meet_is_told_once(
+    rank: str, told: int, dataset: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOROVOD_RANK", rank)
+    monkeypatch.setattr(cli, "TELL_S", 0.0)
+    monkeypatch.setattr("horoyolo.engine.start.start_training", lambda *_, **__: (_ for _ in ()).throw(AgreedError("the settings differ")))
+    assert cli.main([*map(str, train(dataset))]) == 2
+    assert capsys.readouterr().err.count("horoyolo: error: the settings differ\n") == told
 
 
 def test_a_dry_run_prints_what_would_run(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

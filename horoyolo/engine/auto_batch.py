@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from horoyolo.config import Config, InputError
+from horoyolo.config import AgreedError, Config
 from horoyolo.data.shapes import LARGEST
 from horoyolo.distributed.comm import Comm
 from horoyolo.engine.build import build_loss
@@ -37,7 +37,7 @@ class Room(NamedTuple):
 
 
 def settle_batch(config: Config, comm: Comm, numerics: Numerics, model: YOLO, num_images: int) -> int:
-    """The global batch for ``num_images`` to train on; every worker must call it (InputError: not even one image fits somewhere)."""
+    """The global batch for ``num_images`` to train on; every worker must call it (AgreedError: not even one image fits somewhere)."""
     workers = comm.allgather_object((platform.node(), str(numerics.device)))
     sharers = workers.count((platform.node(), str(numerics.device)))
     probe = _Probe(config, numerics, model)
@@ -48,11 +48,11 @@ def settle_batch(config: Config, comm: Comm, numerics: Numerics, model: YOLO, nu
 
 
 def agreed_batch(rooms: Sequence[Room], num_images: int, nominal_batch: int) -> int:
-    """The largest useful global batch that gives no worker more than it can hold, the same number to each (InputError: there is none)."""
+    """The largest useful global batch that gives no worker more than it can hold, the same number to each (AgreedError: there is none)."""
     least = min(rooms, key=lambda room: room.images)
     if not least.images:
         there = f"{least.budget_gb:.1f} GB of memory on {least.host}"
-        raise InputError(f"--auto-batch: not one image fits into {there}; a smaller --img or model is wanted")
+        raise AgreedError(f"--auto-batch: not one image fits into {there}; a smaller --img or model is wanted")
     useful = max(min(nominal_batch, num_images), num_images // FEWEST_STEPS, len(rooms))
     batch = min(least.images * len(rooms), useful // len(rooms) * len(rooms))
     tightest = f"{least.host} holds the fewest, {least.images} images in {least.budget_gb:.1f} GB"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from horoyolo.config import Config, InputError
+from horoyolo.config import AgreedError, Config, InputError
 from horoyolo.elastic.member import KnownRun
 from horoyolo.engine.build import Training
 from horoyolo.engine.checkpoint import read_rank_state
@@ -83,15 +83,17 @@ def claim_of(job: Training) -> Claim:
 
 
 def check_agreement(claims: Sequence[Claim], rank: int, root: int) -> None:
-    """Raises InputError where this worker's data or settings are not those of ``root``; at the start of a run where any worker's are not."""
+    """Raises InputError where this worker's data or settings are not those of ``root``; at the start of a run, on all, where any worker's are not."""
     told = claims[root]
-    for claim in claims if told.position == NOWHERE else [claims[rank]]:
+    starting = told.position == NOWHERE
+    error = AgreedError if starting else InputError
+    for claim in claims if starting else [claims[rank]]:
         if claim.data_hash != told.data_hash:
-            raise InputError(f"the data set on {claim.host} differs from that on {told.host} (images, sizes or labels): copy it again")
+            raise error(f"the data set on {claim.host} differs from that on {told.host} (images, sizes or labels): copy it again")
         if claim.config != told.config:
             here, there = asdict(claim.config), asdict(told.config)
             different = ", ".join(name for name in there if here[name] != there[name])
-            raise InputError(f"the settings on {claim.host} differ from those on {told.host}: {different}")
+            raise error(f"the settings on {claim.host} differ from those on {told.host}: {different}")
 
 
 def go_on(job: Training, claims: Sequence[Claim], root: int, known: KnownRun) -> None:
@@ -134,7 +136,7 @@ def begin(job: Training, root: int = 0, folder: Path | None = None) -> None:
     resumed = opened.resumed if isinstance(opened, Run) else None
     told, is_resumed = comm.broadcast_object((Run(opened.folder) if isinstance(opened, Run) else opened, resumed is not None), root)
     if isinstance(told, InputError):
-        raise told
+        raise AgreedError(str(told))
     job.run = told
     if resumed is not None:
         job.state.load_state_dict(resumed)
