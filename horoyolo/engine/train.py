@@ -61,8 +61,8 @@ def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> Outcome:
             job.recent.append(record)
             for hook in hooks:
                 hook.after_step(record, batch)
-            # May ask the others, so it comes when the step is on record. An epoch's last batch may be short.
-            job.exchange.measure(comparable=record.images == min(job.config.batch, job.sampler.num_samples))
+            # May ask the others, so it comes when the step is on record.
+            job.exchange.measure(comparable=record.images == usual_images(job))
             member.enter("step")
             if job.progress.last_update_step != job.progress.step:
                 continue
@@ -102,6 +102,12 @@ def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> Outcome:
 def is_finished(job: Training) -> bool:
     """Whether nothing is left to train: all epochs are done, or scores no longer rose."""
     return job.sampler.epoch >= job.config.epochs or job.progress.out_of_patience(job.config.recipe.patience)
+
+
+def usual_images(job: Training) -> int:
+    """Images in the batch that most updates end with: a full one, or, where no full one can end an update, the short one that ends each epoch."""
+    batch, images = job.config.batch, job.sampler.num_samples
+    return batch if images // batch >= job.schedule.full_accumulate else images % batch or batch
 
 
 @contextmanager

@@ -16,10 +16,15 @@ from horoyolo.engine.train import averaged, train
 Open = Callable[..., Training]
 
 
-@pytest.mark.parametrize(("batch", "comparable"), [(3, [True, True, False]), (4, [True, True]), (50, [True])])
-def test_what_a_short_last_batch_costs_is_not_compared(open_job: Open, monkeypatch: pytest.MonkeyPatch, batch: int, comparable: list[bool]) -> None:
-    """Of 8 images."""
-    job = open_job(batch=batch, epochs=1)
+@pytest.mark.parametrize(
+    ("batch", "nominal_batch", "comparable"),
+    [(3, 0, [True, True, False]), (4, 0, [True, True]), (50, 0, [True]), (3, 6, [True, True, False]), (3, 9, [False, False, True])],
+)
+def test_what_a_short_last_batch_costs_is_compared_where_all_updates_end_with_it(
+    open_job: Open, monkeypatch: pytest.MonkeyPatch, batch: int, nominal_batch: int, comparable: list[bool]
+) -> None:
+    """Of 8 images. Steps within an update count for nothing."""
+    job = open_job(batch=batch, epochs=1, **{"optim.nominal_batch": nominal_batch})
     told: list[bool] = []
     monkeypatch.setattr(job.exchange, "measure", lambda comparable: told.append(comparable))
     train(job, [], StopRequest())
