@@ -27,7 +27,7 @@ def build_sampler(config: Config, split: Split, stride: int) -> Sampler:
     given = config.input
     balance = None if given.sampling == "uniform" else Balance(split.labels, len(split.names), given.sampling)
     aspects = np.divide(*split.shapes_hw.T) if given.rect else None
-    return Sampler(len(split), config.batch, config.seed, Shapes(config.img, stride, given.multi_scale, aspects), balance)
+    return Sampler(len(split), config.batch, config.seed, Shapes(config.img, stride, given.multi_scale, aspects), balance, split.content_hash)
 
 
 def build_train_data(config: Config, split: Split) -> TrainDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from horoyolo.data.balance import Balance
 from horoyolo.data.shapes import Shapes
+
+log = logging.getLogger("horoyolo")
 
 
 class Key(NamedTuple):
@@ -34,12 +37,16 @@ class Sampler:
     that were used, over all workers), and the balance's, is all that another number of workers needs to go on.
     """
 
-    def __init__(self, num_samples: int, batch: int, seed: int, shapes: Shapes | None = None, balance: Balance | None = None) -> None:
+    def __init__(
+        self, num_samples: int, batch: int, seed: int, shapes: Shapes | None = None, balance: Balance | None = None, samples: str = ""
+    ) -> None:
+        """``samples``: a hash of what they are, by which a state of others is known."""
         self.num_samples = num_samples
         self.batch = batch
         self.seed = seed
         self.shapes = shapes
         self.balance = balance
+        self.samples = samples
         self.epoch = 0
         self.consumed = 0
 
@@ -79,12 +86,15 @@ class Sampler:
 
     def state_dict(self) -> dict[str, Any]:
         """What any number of workers needs to go on."""
-        state: dict[str, Any] = {"epoch": self.epoch, "consumed": self.consumed}
+        state: dict[str, Any] = {"epoch": self.epoch, "consumed": self.consumed, "samples": self.samples}
         return state | ({"balance": self.balance.state_dict()} if self.balance else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state that `state_dict` gave."""
         self.epoch = state["epoch"]
         self.consumed = state["consumed"]
+        if self.consumed and state.get("samples", self.samples) != self.samples:
+            words = "images, sizes or labels are not those of the checkpoint: the rest of epoch %d is of another order, its first %d may come again"
+            log.warning(words, self.epoch, self.consumed)
         if self.balance and "balance" in state:
             self.balance.load_state_dict(state["balance"])

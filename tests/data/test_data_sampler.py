@@ -67,10 +67,18 @@ def test_next_epoch_starts_afresh() -> None:
     sampler = Sampler(10, 4, seed=0)
     sampler.advance(10)
     sampler.next_epoch()
-    assert sampler.state_dict() == {"epoch": 1, "consumed": 0}
+    assert (sampler.epoch, sampler.consumed) == (1, 0)
 
 
 def test_more_than_is_left_cannot_be_used() -> None:
     sampler = Sampler(10, 4, seed=0)
     with pytest.raises(ValueError, match="10 of epoch 0 are left"):
         sampler.advance(11)
+
+
+@pytest.mark.parametrize(("consumed", "samples", "told"), [(4, "other", True), (0, "other", False), (4, "same", False)])
+def test_within_an_epoch_of_other_samples_it_says_so(consumed: int, samples: str, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    before = Sampler(12, 4, 0, samples="same")
+    before.advance(consumed)
+    Sampler(9, 4, 0, samples=samples).load_state_dict(before.state_dict())
+    assert ("not those of the checkpoint" in caplog.text) == told
