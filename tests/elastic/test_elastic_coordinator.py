@@ -25,11 +25,11 @@ def pids(places) -> list[int]:
 def test_no_name_is_looked_up_in_the_loop_that_keeps_leases(monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr("horoyolo.elastic.coordinator.own_address", lambda host: asked.append(host) or "127.0.0.1")
-    monkeypatch.setattr("horoyolo.elastic.discovery._look_up", lambda name: "192.0.2.7")
+    monkeypatch.setattr("horoyolo.elastic.discovery._look_up", lambda name: "198.51.100.7")
     coordinator = Coordinator(Job(1, (), {}), Elastic(Limits(1), lambda: [Host("far.away", 1)], 60))
     coordinator._discovery.ask_once()
     assert coordinator._network(["far.away"]) == ("127.0.0.1", "lo")
-    assert asked == ["192.0.2.7"]
+    assert asked == ["198.51.100.7"]
     coordinator.close()
 
 

@@ -95,7 +95,7 @@ def test_unknown_names_are_left_out_and_this_machine_is_one_host():
 
     assert known(Host("localhost", 2), Host("127.0.0.1", 1)) == [Host(here, 3)]
     assert known(Host("no.such.name.invalid", 2), Host("127.0.0.1", 1)) == [Host(here, 1)]
-    assert known(Host("192.0.2.1", 2), Host("::1", 1), Host(here, 1)) == [Host("192.0.2.1", 2), Host(here, 2)]
+    assert known(Host("198.51.100.1", 2), Host("::1", 1), Host(here, 1)) == [Host("198.51.100.1", 2), Host(here, 2)]
     with pytest.raises(DiscoveryError, match="no known host"):
         known(Host("no.such.name.invalid", 2))
 
@@ -123,13 +123,13 @@ class NameServer:
 def test_no_host_leaves_because_name_servers_have_a_bad_moment(monkeypatch):
     told: list[str] = []
     one, both = [Host("n1", 2)], [Host("n1", 2), Host("n2", 2)]
-    server = NameServer(n1="192.0.2.1", n2="192.0.2.2")
+    server = NameServer(n1="198.51.100.1", n2="198.51.100.2")
     monkeypatch.setattr("horoyolo.elastic.discovery.socket.getaddrinfo", server)
     monkeypatch.setattr("horoyolo.elastic.discovery.is_this_machine", lambda address: False)
     discovery = Discovery(Answers(both, both, both, one, one, one, both, both, both, both), 1, told.append)
     discovery.ask_once()
     assert discovery.hosts() == both
-    assert discovery.address("n2") == "192.0.2.2"
+    assert discovery.address("n2") == "198.51.100.2"
     server.known.clear()
     for _ in range(2):
         discovery.ask_once()
@@ -141,11 +141,11 @@ def test_no_host_leaves_because_name_servers_have_a_bad_moment(monkeypatch):
     discovery.ask_once()  # it has left the list, and is looked up anew
     assert discovery.hosts() == one
     assert told == ["hosts: n2 left out: no such name is known here"]
-    server.known["n2"] = "192.0.2.3"
+    server.known["n2"] = "198.51.100.3"
     for _ in range(3):
         discovery.ask_once()
     assert discovery.hosts() == both
-    assert discovery.address("n2") == "192.0.2.3"
+    assert discovery.address("n2") == "198.51.100.3"
     assert len(told) == 1
 
 

@@ -22,7 +22,7 @@ def train(tmp_path_factory) -> list[str]:
 def hosts(tmp_path) -> Path:
     """A hostfile of this machine and one that no packet reaches."""
     path = tmp_path / "hosts"
-    path.write_text("localhost slots=2\n192.0.2.1 slots=1\n")
+    path.write_text("localhost slots=2\n198.51.100.1 slots=1\n")
     return path
 
 
@@ -71,7 +71,7 @@ def test_the_dry_run_says_what_each_host_would_run(train, hosts, capsys, monkeyp
     here, there, env, job = capsys.readouterr().out.splitlines()
     assert shlex.split(here, comments=True)[-3:-1] == ["-m", "horoyolo.elastic.agent"]
     assert shlex.split(there)[0] == "ssh"
-    assert "192.0.2.1: 1 workers" in there
+    assert "198.51.100.1: 1 workers" in there
     told = shlex.split(env.removesuffix("\\"))
     assert {"HOROVOD_CONTROLLER=gloo", "HOROVOD_LOG_LEVEL=info", "HOROVOD_GLOO_TIMEOUT_SECONDS=120"} <= set(told)
     assert not any("AWS" in word or word.startswith("OMP_NUM") for word in told)

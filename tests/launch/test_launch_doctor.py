@@ -358,7 +358,7 @@ def test_the_probe_looks_at_this_machine(open_session: Callable[..., Session], t
     assert len(facts["source"]) == 64
     assert session.ask("facts", workdir=str(tmp_path / "absent"), packages=[])["workdir"] is False
     assert session.ask("resolve", names=["localhost", "no-such-host.invalid"])["no-such-host.invalid"] == []
-    assert session.ask("owns", addresses=["127.0.0.1", "192.0.2.77"]) == {"addresses": ["127.0.0.1"]}
+    assert session.ask("owns", addresses=["127.0.0.1", "198.51.100.77"]) == {"addresses": ["127.0.0.1"]}
     clock = doctor._clock(session)
     assert abs(clock["offset_s"]) <= clock["doubt_s"] + 0.001
 
@@ -381,7 +381,7 @@ def test_what_login_scripts_print_is_no_answer(open_session: Callable[..., Sessi
 
 def test_failed_requests_are_answers_and_a_dead_probe_is_none(open_session: Callable[..., Session]) -> None:
     session = open_session()
-    assert "error" in session.ask("listen", address="192.0.2.77", device="", token="t")
+    assert "error" in session.ask("listen", address="198.51.100.77", device="", token="t")
     assert "error" in session.ask("send", address="127.0.0.1", device="", to="127.0.0.1", port=1, token="t")
     session._process.kill()
     with pytest.raises(Unreachable, match="probe ended with status -9"):

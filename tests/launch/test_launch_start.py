@@ -17,18 +17,18 @@ from horoyolo.launch.start import build_job, launch, with_one_name_here, write_s
 from horoyolo.launch.status import STATUS_DIR
 
 HERE = os.uname().nodename
-ADDRESS = own_address("192.0.2.1") or HERE  # by which others may reach this machine; there may be none
+ADDRESS = own_address("198.51.100.1") or HERE  # by which others may reach this machine; there may be none
 
 
 @pytest.mark.parametrize(
     ("hosts", "meant"),
     [
-        ("192.0.2.1:2,127.0.0.2:1", [Host("192.0.2.1", 2), Host(HERE, 1)]),
-        (f"127.0.0.2:1,192.0.2.1:2,{HERE}:3", [Host(HERE, 4), Host("192.0.2.1", 2)]),
-        (f"192.0.2.1:2,{ADDRESS}:1,{HERE}:3", [Host("192.0.2.1", 2), Host(ADDRESS, 4)]),
-        ("localhost:1,192.0.2.1:2", [Host(HERE, 1), Host("192.0.2.1", 2)]),
+        ("198.51.100.1:2,127.0.0.2:1", [Host("198.51.100.1", 2), Host(HERE, 1)]),
+        (f"127.0.0.2:1,198.51.100.1:2,{HERE}:3", [Host(HERE, 4), Host("198.51.100.1", 2)]),
+        (f"198.51.100.1:2,{ADDRESS}:1,{HERE}:3", [Host("198.51.100.1", 2), Host(ADDRESS, 4)]),
+        ("localhost:1,198.51.100.1:2", [Host(HERE, 1), Host("198.51.100.1", 2)]),
         ("127.0.0.2:1,localhost:2", [Host("localhost", 3)]),
-        ("192.0.2.1:2,203.0.113.1:2", [Host("192.0.2.1", 2), Host("203.0.113.1", 2)]),
+        ("198.51.100.1:2,203.0.113.1:2", [Host("198.51.100.1", 2), Host("203.0.113.1", 2)]),
     ],
 )
 def test_this_machine_is_one_host_whatever_it_is_called(hosts, meant):
@@ -48,7 +48,7 @@ def parsed(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-TWO = parse_host_list("192.0.2.1:1,192.0.2.2:1")
+TWO = parse_host_list("198.51.100.1:1,198.51.100.2:1")
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun", "mpirun", "hydra", "slurm"])
