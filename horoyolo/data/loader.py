@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from horoyolo.config import InputError
 from horoyolo.data.dataset import EvalDataset, EvalSample, Sample, TrainDataset
 from horoyolo.data.sampler import Key, Sampler, share
 
@@ -80,6 +81,14 @@ def build_train_loader(dataset: TrainDataset, sampler: Sampler, comm: Place, num
 def build_eval_loader(dataset: EvalDataset, batch: int, comm: Place, num_workers: int, pin_memory: bool = False) -> DataLoader[Any]:
     """A loader of `EvalBatch`es of up to `batch` images of one shape; over all workers each image comes exactly once."""
     return _build(dataset, _EvalBatches(dataset.shapes_hw, batch, comm), collate_eval, num_workers, pin_memory)
+
+
+def batches(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader gives. An InputError of one of its processes is raised as it was there: torch puts where it came from before its line."""
+    try:
+        yield from loader
+    except InputError as error:
+        raise InputError(str(error).strip().rpartition("InputError: ")[2]) from None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from horoyolo.config import InputError
+from horoyolo.data.loader import batches
 from horoyolo.distributed.syncbn import average_bn_buffers
 from horoyolo.engine.build import Training
 from horoyolo.engine.checkpoint import find_checkpoint
@@ -54,7 +55,7 @@ def train(job: Training, hooks: Sequence[Hook], stop: StopRequest) -> Outcome:
     job.commits.offer(job)
     while not is_finished(job):
         started_s = time.perf_counter()
-        for batch, data_s in timed(job.loader):
+        for batch, data_s in timed(batches(job.loader)):
             member.begin_step("train")
             record, asked = train_step(job, batch, data_s, stop.pending)
             member.step = record.step
@@ -140,10 +141,10 @@ def what_is_lost(job: Training, outcome: Outcome) -> str:
     return job.comm.broadcast_object(told)
 
 
-def timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+def timed(given: Iterable[Any]) -> Iterator[tuple[Any, float]]:
     """Each batch with the seconds that it was waited for."""
     started_s = time.perf_counter()
-    for batch in batches:
+    for batch in given:
         yield batch, time.perf_counter() - started_s
         started_s = time.perf_counter()
 
