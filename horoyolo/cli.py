@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "HOROYOLO_SLOT")
-TELL_S = 1.0
+TELL_S = 1.0  # for rank 0 to tell what all meet, before the others end
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,15 +38,15 @@ class Sampler:
     """
 
     def __init__(
-        self, num_samples: int, batch: int, seed: int, shapes: Shapes | None = None, balance: Balance | None = None, samples: str = ""
+        self, num_samples: int, batch: int, seed: int, shapes: Shapes | None = None, balance: Balance | None = None, content_hash: str = ""
     ) -> None:
-        """``samples``: a hash of what they are, by which a state of others is known."""
+        """``content_hash``: of the samples (``Split.content_hash``), by which the state of other ones is known."""
         self.num_samples = num_samples
         self.batch = batch
         self.seed = seed
         self.shapes = shapes
         self.balance = balance
-        self.samples = samples
+        self.content_hash = content_hash
         self.epoch = 0
         self.consumed = 0
 
@@ -86,14 +86,14 @@ class Sampler:
 
     def state_dict(self) -> dict[str, Any]:
         """What any number of workers needs to go on."""
-        state: dict[str, Any] = {"epoch": self.epoch, "consumed": self.consumed, "samples": self.samples}
+        state: dict[str, Any] = {"epoch": self.epoch, "consumed": self.consumed, "content_hash": self.content_hash}
         return state | ({"balance": self.balance.state_dict()} if self.balance else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state that `state_dict` gave."""
         self.epoch = state["epoch"]
         self.consumed = state["consumed"]
-        if self.consumed and state.get("samples", self.samples) != self.samples:
+        if self.consumed and state.get("content_hash", self.content_hash) != self.content_hash:
             words = "images, sizes or labels are not those of the checkpoint: the rest of epoch %d is of another order, its first %d may come again"
             log.warning(words, self.epoch, self.consumed)
         if self.balance and "balance" in state:

@@ -76,9 +76,9 @@ def test_more_than_is_left_cannot_be_used() -> None:
         sampler.advance(11)
 
 
-@pytest.mark.parametrize(("consumed", "samples", "told"), [(4, "other", True), (0, "other", False), (4, "same", False)])
-def test_within_an_epoch_of_other_samples_it_says_so(consumed: int, samples: str, told: bool, caplog: pytest.LogCaptureFixture) -> None:
-    before = Sampler(12, 4, 0, samples="same")
+@pytest.mark.parametrize(("consumed", "content_hash", "told"), [(4, "other", True), (0, "other", False), (4, "same", False)])
+def test_within_an_epoch_of_other_samples_it_says_so(consumed: int, content_hash: str, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    before = Sampler(12, 4, 0, content_hash="same")
     before.advance(consumed)
-    Sampler(9, 4, 0, samples=samples).load_state_dict(before.state_dict())
+    Sampler(9, 4, 0, content_hash=content_hash).load_state_dict(before.state_dict())
     assert ("not those of the checkpoint" in caplog.text) == told
