@@ -146,6 +146,10 @@ def render_batch(
         "",
         f"cd {shlex.quote(folder)} || exit",
         "",
+        "# This job alone: of an array the number of one task is also that of all of them.",
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        "job=${job:-$SLURM_JOB_ID}",
+        "",
         "# The run's name. A job that is requeued keeps its number, so that it goes on with its run; each task of an array has a run of its own.",
         f"run={shlex.quote(name)}${{SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}}"
         if name
@@ -214,7 +218,7 @@ REQUEUE_TOO_FEW = (
 REQUEUE = (
     "# 75: stopped on request, with a checkpoint. A run that is done or failed is not started again, nor one that somebody cancelled.",
     'if [ "$status" = 75 ] && [ -n "$time_is_up" ]; then',
-    '    scontrol requeue "$SLURM_JOB_ID"',
+    '    scontrol requeue "$job"',
     "fi",
     'exit "$status"',
     "",
@@ -264,7 +268,7 @@ def _by_srun(words: Sequence[str], options: SlurmOptions, folder: str, python: s
         "export HOROYOLO_STATUS_DIR",
         "trap 'rm -rf \"$HOROYOLO_STATUS_DIR\"' EXIT",
         "",
-        *_traps('scancel --signal=TERM "$SLURM_JOB_ID"  # to the workers, not to this shell'),
+        *_traps('scancel --signal=TERM "$job"  # to the workers, not to this shell'),
         "",
         f"{shlex.join([*_srun(options), *worker, 'horoyolo', *words])} {RUN} &",
         *WAIT,
@@ -296,7 +300,7 @@ def _traps(stop: str, tells: bool = False) -> list[str]:
         f"    {stop}",
         "}",
         "trap 'time_is_up=yes; stop' USR1",
-        "# `scancel --batch --signal=TERM JOB` has the job stop with a checkpoint and stay so; a plain scancel leaves it some seconds.",
+        "# `scancel --batch --signal=TERM JOB`, or ARRAY_TASK, has it stop with a checkpoint and stay so; a plain scancel leaves it some seconds.",
         "trap stop TERM",
     ]
 

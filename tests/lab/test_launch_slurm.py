@@ -13,6 +13,16 @@ from netlab import Lab
 from slurmlab import Slurm
 from training import ENV, EPOCHS, HOROYOLO, check_same_run, steps, train_words, wait_until, workers
 
+from horoyolo.launch.slurm import SlurmOptions, render_batch
+
+# In the place of python: workers that run until they are asked to stop, and what their notes come to.
+STUB = """#!/bin/bash
+[ "$2" = horoyolo.launch.status ] && { echo 75; exit; }
+echo "start $SLURM_JOB_ID" >> "task-$SLURM_ARRAY_TASK_ID.txt"
+trap 'echo TERM >> "task-$SLURM_ARRAY_TASK_ID.txt"; exit 0' TERM
+sleep 60 & wait
+"""
+
 
 def write_batch(folder: Path, dataset: Path, launcher: str) -> Path:
     """A batch script for two nodes, one worker each, with a time limit of ten minutes."""
@@ -93,3 +103,23 @@ def test_a_finished_job_is_not_requeued(slurm: Slurm, dataset: Path, tmp_path: P
     job = slurm.wait_job(job_id, timeout=180)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log_of(tmp_path, job_id)
     assert (tmp_path / "run" / "steps.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "horovodrun"])
+def test_a_task_of_an_array_is_stopped_and_requeued_alone(slurm: Slurm, launcher: str, tmp_path: Path) -> None:
+    """One of them has the number of the whole array."""
+    stub, script = tmp_path / "stub", tmp_path / "array.sbatch"
+    stub.write_text(STUB if launcher == "slurm" else STUB.replace("exit 0", "exit 75"))
+    stub.chmod(0o755)
+    script.write_text(render_batch(["train"], SlurmOptions(array="0-2", time="10"), launcher, {}, str(tmp_path), str(stub)))
+    array = slurm.sbatch(script, cwd=tmp_path)
+    notes = {number: tmp_path / f"task-{number}.txt" for number in range(3)}
+    wait_until(lambda: all(note.exists() and note.read_text() for note in notes.values()), timeout_s=60)
+    begun = {number: note.read_text() for number, note in notes.items()}
+    first = next(number for number, text in begun.items() if text == f"start {array}\n")
+
+    slurm.run(["scancel", "--batch", "--signal=USR1", f"{array}_{first}"], check=True)
+    wait_until(lambda: notes[first].read_text().count("start") == 2, timeout_s=60)
+    assert notes[first].read_text().split()[2] == "TERM"
+    assert {number: note.read_text() for number, note in notes.items() if number != first} == {n: text for n, text in begun.items() if n != first}
+    slurm.run(["scancel", str(array)], check=True)
