@@ -198,6 +198,9 @@ def test_slots_of_an_allocation():
     nodes = {"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_NODE": "4(x2),2"}
     assert slurm_hosts(nodes) == [Host("n1", 4), Host("n2", 4), Host("n3", 2)]
     assert slurm_hosts({**nodes, "SLURM_NTASKS_PER_NODE": "8"}) == [Host("n1", 8), Host("n2", 8), Host("n3", 8)]
+    at_most = {**nodes, "SLURM_NTASKS_PER_NODE": "4"}  # salloc -N3 -n10 --ntasks-per-node=4: ten tasks, no more than four a node
+    assert slurm_hosts({**at_most, "SLURM_NTASKS": "10"}) == [Host("n1", 4), Host("n2", 4), Host("n3", 2)]
+    assert slurm_hosts({**at_most, "SLURM_NTASKS": "12"}) == [Host("n1", 4), Host("n2", 4), Host("n3", 4)]
     with pytest.raises(InputError, match=r"SLURM_TASKS_PER_NODE='4\(x2\)' is for 2 nodes but SLURM_JOB_NODELIST='n\[1-3\]' names 3"):
         slurm_hosts({**nodes, "SLURM_TASKS_PER_NODE": "4(x2)"})
     with pytest.raises(InputError, match=r"no SLURM_JOB_NODELIST .* inside an allocation"):
