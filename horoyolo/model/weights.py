@@ -126,7 +126,10 @@ def model_from_weights(path: str | Path) -> tuple[YOLO, dict[str, Any]]:
     cfg, nc, names = (weights.meta.get(key) for key in ("cfg", "nc", "names"))
     if cfg is None:
         raise InputError(f"weights {path}: the file does not say its layers, and they are none of the known models'")
-    model = model_from_table(cfg, nc, names)
+    try:
+        model = model_from_table(cfg, nc, names)
+    except InputError as error:
+        raise InputError(f"weights {path}: {error}") from error
     report = load_matching(model, weights.tensors)
     if report.loaded < report.total:
         missing = f"{report.total - report.loaded} of {report.total} tensors do not fit its layers, first {report.left_out[0]}"

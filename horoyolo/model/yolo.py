@@ -161,7 +161,10 @@ def build_model(cfg: str, num_classes: int | None = None, names: Mapping[int, st
 
 
 def model_from_table(table: Mapping[str, Any], num_classes: int | None = None, names: Mapping[int, str] | None = None) -> YOLO:
-    """A freshly initialised model from a layer table as `load_layer_table` gives it."""
+    """A freshly initialised model from a layer table as `load_layer_table` gives it (InputError: it is none of an anchor-based YOLOv5 model)."""
+    missing = missing_parts(table)
+    if missing:
+        raise InputError(f"model table: it lacks {missing}, which YOLOv5's have (later models of its makers, such as yolov5su, do not)")
     nc = table.get("nc") if num_classes is None else num_classes
     if not isinstance(nc, int) or nc < 1:
         raise InputError(f"model table: nc is {nc!r}, a number of classes from 1 up is needed")
@@ -201,10 +204,15 @@ def grid_xy(height: int, width: int, device: torch.device) -> Tensor:
 
 def _read_table(path: Path) -> dict[str, Any]:
     table = read_yaml(path, "a YOLOv5 model yaml")
-    missing = [key for key in ("anchors", "backbone", "head") if not table.get(key)]
+    missing = missing_parts(table)
     if missing:
-        raise InputError(f"{path}: not a model yaml, it lacks {', '.join(missing)}")
+        raise InputError(f"{path}: not a model yaml, it lacks {missing}")
     return table
+
+
+def missing_parts(table: Mapping[str, Any]) -> str:
+    """What a layer table lacks, as words for a line; empty when nothing."""
+    return ", ".join(key for key in ("anchors", "backbone", "head") if not table.get(key))
 
 
 def _build_layers(table: dict[str, Any]) -> tuple[list[nn.Module], list[list[int]]]:

@@ -114,6 +114,15 @@ def test_tensors_of_no_known_model_need_a_table(tmp_path: Path) -> None:
         model_from_weights(tmp_path / "bare.pt")
 
 
+@pytest.mark.parametrize("lacking", ["anchors", "backbone"])
+def test_a_model_without_anchors_is_refused(model: YOLO, tmp_path: Path, lacking: str) -> None:
+    """Of later models of YOLOv5's makers the table has none."""
+    table = {key: value for key, value in load_layer_table("yolov5n").items() if key != lacking}
+    torch.save({"format": "horoyolo", "model": model.state_dict(), "cfg": table, "nc": 3}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=rf"weights .*w\.pt: model table: it lacks {lacking}, which YOLOv5's have"):
+        model_from_weights(tmp_path / "w.pt")
+
+
 def test_a_file_that_contradicts_its_table_is_refused(model: YOLO, tmp_path: Path) -> None:
     torch.save({"format": "horoyolo", "model": model.state_dict(), "cfg": load_layer_table("yolov5s"), "num_classes": 3}, tmp_path / "w.pt")
     with pytest.raises(
