@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from horoyolo.engine.hooks import Hook, StepRecord
@@ -19,9 +20,13 @@ QUIET_S = 600.0  # between two warnings
 
 
 class WarnSlowNetwork(Hook):
-    """A line when steps wait for the network most of their time, and much longer than they did before."""
+    """A line when steps wait for the network most of their time, and much longer than they did before.
 
-    def __init__(self) -> None:
+    Steps are looked at while ``is_settled``: compression that tries several ways to sum waits as long as each of them takes.
+    """
+
+    def __init__(self, is_settled: Callable[[], bool] = lambda: True) -> None:
+        self._is_settled = is_settled
         self._begin(workers=0)
 
     def _begin(self, workers: int) -> None:
@@ -35,6 +40,9 @@ class WarnSlowNetwork(Hook):
     def after_step(self, record: StepRecord, batch: Any) -> None:
         if record.workers != self._workers:
             self._begin(record.workers)
+        if not self._is_settled():
+            self._window.clear()
+            return
         self._num_steps += 1
         step_s = record.data_s + record.forward_s + record.backward_s + record.exchange_wait_s
         self._quiet_s -= step_s

@@ -30,7 +30,9 @@ def build_hooks(job: Training) -> list[Hook]:
 
 def build_recording_hooks(job: Training) -> list[Hook]:
     """What rank 0 has besides."""
-    return [TellRecipe(job), RecordFigures(job), ShowProgress(job), WarnSlowNetwork(), DrawPlots(job), Diagnose(job)]
+    # Of `auto` alone the entries differ, and so do their waits.
+    slow_network = WarnSlowNetwork(job.compressor.settled if job.config.comms.compression == "auto" else lambda: True)
+    return [TellRecipe(job), RecordFigures(job), ShowProgress(job), slow_network, DrawPlots(job), Diagnose(job)]
 
 
 class TellRecipe(Hook):

@@ -39,6 +39,21 @@ def test_it_is_told_soon_after_the_start_too(caplog: pytest.LogCaptureFixture) -
     assert warnings(caplog, (6, record(0.04)), (2, record(16.0))) == 1
 
 
+def test_what_compression_tries_says_nothing_of_the_network(caplog: pytest.LogCaptureFixture) -> None:
+    """As `auto` does on a slow link when computing has changed: plain sums wait as long as many compressed ones."""
+    caplog.set_level(logging.WARNING, "horoyolo")
+    settled = True
+    hook = WarnSlowNetwork(lambda: settled)
+    for tried, count, step in ((False, 50, record(0.1)), (True, 4, record(5.0)), (False, 50, record(0.1))):
+        settled = not tried
+        for _ in range(count):
+            hook.after_step(step, None)
+    assert not caplog.records
+    for _ in range(4):
+        hook.after_step(record(5.0), None)
+    assert "the network has become slow" in caplog.text
+
+
 @pytest.mark.parametrize(
     "phases",
     [
