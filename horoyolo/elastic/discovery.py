@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from horoyolo.config import InputError
-from horoyolo.launch.hosts import Host, parse_hostfile, read_hostfile, slurm_hosts
+from horoyolo.launch.hosts import Host, is_address_6, parse_hostfile, read_hostfile, slurm_hosts
 from horoyolo.launch.remote import is_local, is_this_machine, this_machine
 
 LIMIT_S = 10.0  # for a program's answer
@@ -118,7 +118,7 @@ def run(argv: Sequence[str], limit_s: float = LIMIT_S) -> str:
 
 
 class Names:
-    """What hosts' names mean on this machine."""
+    """What hosts' names mean on this machine. Other hosts are known by an IPv4 address: Horovod's workers look each other up by that."""
 
     def __init__(self) -> None:
         self._addresses: dict[str, str] = {}
@@ -131,6 +131,10 @@ class Names:
         """The numeric address of a known name, '' for others."""
         return self._addresses.get(name, "")
 
+    def reaches(self, name: str) -> bool:
+        """Whether workers can be sent to a host."""
+        return self.is_here(name) or bool(self.address(name) and not is_address_6(self.address(name)))
+
     def is_here(self, name: str) -> bool:
         """Whether a name is this machine's."""
         return is_local(name) or bool(self.address(name) and is_this_machine(self.address(name)))
@@ -140,9 +144,9 @@ def usable(hosts: Sequence[Host], names: Names) -> list[Host]:
     """The hosts whose names are known; this machine is one host of one name, whatever it is called. Raises DiscoveryError when none is left."""
     mine = [host for host in hosts if names.is_here(host.name)]
     here = [Host(this_machine(), sum(host.slots for host in mine))] if mine else []
-    found = [here[0] if host in mine else host for host in hosts if host in mine[:1] or (host not in mine and names.address(host.name))]
+    found = [here[0] if host in mine else host for host in hosts if host in mine[:1] or (host not in mine and names.reaches(host.name))]
     if not found:
-        raise DiscoveryError(f"no known host among {', '.join(host.name for host in hosts)}")
+        raise DiscoveryError(f"no host with a known IPv4 address among {', '.join(host.name for host in hosts)}")
     return found
 
 
@@ -192,9 +196,9 @@ class Discovery:
         try:
             named = self._ask()
             self._names.learn({host.name for host in (*named, *self._hosts)})
-            unknown = [host.name for host in named if not (self._names.address(host.name) or self._names.is_here(host.name))]
+            unknown = [host.name for host in named if not self._names.reaches(host.name)]
             if unknown and unknown != self._unknown:
-                self._tell(f"hosts: {', '.join(unknown)} left out: no such name is known here")
+                self._tell(f"hosts: {', '.join(unknown)} left out: no IPv4 address of such a name is known here")
             self._unknown = unknown
             heard = usable(named, self._names)
             if heard == self._heard or not self._hosts:

@@ -15,8 +15,9 @@ from horoyolo.elastic.coordinator import Elastic, agent_argv, run_elastic, worke
 from horoyolo.elastic.discovery import KUBERNETES, Ask, DiscoveryError, Names, ask_hostfile, ask_program, ask_slurm, usable
 from horoyolo.elastic.membership import Limits
 from horoyolo.launch.environment import nccl_env, travelling_env, worker_env
-from horoyolo.launch.hosts import Host, local_hosts, parse_host_list, slurm_hosts
+from horoyolo.launch.hosts import Host, is_address_6, local_hosts, parse_host_list, slurm_hosts
 from horoyolo.launch.job import Job
+from horoyolo.launch.remote import is_this_machine
 from horoyolo.launch.run import new_status_dir
 from horoyolo.launch.slurm import ELASTIC, check_container, slurm_options
 from horoyolo.launch.start import chosen_ssh, write_batch
@@ -77,10 +78,11 @@ def _source(parsed: argparse.Namespace, env: Mapping[str, str]) -> tuple[Ask, fl
     slots = parsed.slots_per_host
     if parsed.hostfile:
         ask = ask_hostfile(parsed.hostfile, slots)
-        ask()
+        _check_addresses(ask())
         return ask, FILE_EVERY_S
     if parsed.hosts:
         hosts = parse_host_list(parsed.hosts)
+        _check_addresses(hosts)
         _check_slots("--hosts", hosts, parsed.min_np)
         return (lambda: hosts), SLURM_EVERY_S
     if parsed.slurm:
@@ -95,6 +97,13 @@ def _source(parsed: argparse.Namespace, env: Mapping[str, str]) -> tuple[Ask, fl
         return ask_program([os.path.abspath(program)], slots), PROGRAM_EVERY_S
     here = local_hosts(parsed.max_np or parsed.min_np)
     return (lambda: here), SLURM_EVERY_S
+
+
+def _check_addresses(hosts: Sequence[Host]) -> None:
+    """Raises InputError for an IPv6 address: Horovod's workers look each other up by IPv4."""
+    for host in hosts:
+        if is_address_6(host.name) and not is_this_machine(host.name):
+            raise InputError(f"an elastic job takes no IPv6 address ({host.name}): give the host a name in DNS or /etc/hosts, with an IPv4 address")
 
 
 def _check_slots(flag: str, hosts: Sequence[Host], min_np: int) -> None:

@@ -96,8 +96,10 @@ def test_unknown_names_are_left_out_and_this_machine_is_one_host():
     assert known(Host("localhost", 2), Host("127.0.0.1", 1)) == [Host(here, 3)]
     assert known(Host("no.such.name.invalid", 2), Host("127.0.0.1", 1)) == [Host(here, 1)]
     assert known(Host("198.51.100.1", 2), Host("::1", 1), Host(here, 1)) == [Host("198.51.100.1", 2), Host(here, 2)]
-    with pytest.raises(DiscoveryError, match="no known host"):
+    with pytest.raises(DiscoveryError, match="no host with a known IPv4 address"):
         known(Host("no.such.name.invalid", 2))
+    with pytest.raises(DiscoveryError, match="no host with a known IPv4 address"):
+        known(Host("2001:db8::7", 2))  # workers look each other up by IPv4 alone
 
 
 @pytest.mark.parametrize("name", ["a..b", "a" * 64])
@@ -140,7 +142,7 @@ def test_no_host_leaves_because_name_servers_have_a_bad_moment(monkeypatch):
     assert discovery.hosts() == one
     discovery.ask_once()  # it has left the list, and is looked up anew
     assert discovery.hosts() == one
-    assert told == ["hosts: n2 left out: no such name is known here"]
+    assert told == ["hosts: n2 left out: no IPv4 address of such a name is known here"]
     server.known["n2"] = "198.51.100.3"
     for _ in range(3):
         discovery.ask_once()

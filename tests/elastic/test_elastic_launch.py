@@ -45,6 +45,7 @@ def hosts(tmp_path) -> Path:
         (["--min-np", "1", "--discovery-script", "no/such/file"], "HOST:SLOTS"),
         (["--min-np", "4", "--hosts", "a:2,b:1"], "3 slots on 2 hosts (--hosts)"),
         (["--min-np", "1", "--hosts", "a:x"], "--hosts, entry 1"),
+        (["--min-np", "1", "--hosts", "[2001:db8::7]:1"], "takes no IPv6 address (2001:db8::7)"),
     ],
 )
 def test_bad_flags_are_told_in_one_line(flags, says, train, capsys, monkeypatch, tmp_path):
