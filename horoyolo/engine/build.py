@@ -44,6 +44,7 @@ from horoyolo.engine.recipe import class_counts, imbalance_notes
 from horoyolo.engine.runs import Run
 from horoyolo.engine.schedule import Schedule
 from horoyolo.engine.state import Progress, Standing, TrainState
+from horoyolo.engine.transfer import fingerprint
 from horoyolo.engine.unreadable import Unreadable
 from horoyolo.files import atomic_file
 from horoyolo.model.ema import EMA
@@ -139,7 +140,7 @@ class Training:
         """Begins to write a checkpoint on rank 0, and on every worker what only it knows; ``background`` ends it while training goes on."""
         folder, step, keep, rank, size = self.run.checkpoints, self.progress.step, self.config.keep_checkpoints, self.comm.rank(), self.comm.size()
         notes = {"update": self.progress.update, "epoch": self.sampler.epoch, "workers": size, "best": is_best}
-        own = serialised(self.rank_state()) if size > 1 else None
+        own = serialised(self.rank_state() | {"weights": self.weights_fingerprint()}) if size > 1 else None
         whole = serialised(state) if rank == 0 else None
 
         def write() -> None:
@@ -165,6 +166,10 @@ class Training:
             "buffers": dict(self.model.named_buffers()),
             "ema_buffers": dict(self.ema.model.named_buffers()),
         }
+
+    def weights_fingerprint(self) -> str:
+        """What tells whether a worker's own belongs to a checkpoint: a run that went back comes to the same step again with other weights."""
+        return fingerprint(dict(self.model.named_parameters()))
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         """Takes back what ``rank_state`` gave."""

@@ -191,6 +191,8 @@ def load_own(job: Training) -> None:
     own = read_rank_state(job.run.checkpoints, step, rank, size)
     if own is None:
         log.info("nothing of this worker's own was saved at step %d by %d workers: residuals start at zero", step, size)
+    elif own.get("weights") not in (None, job.weights_fingerprint()):  # versions before this one did not note them
+        log.warning("what this worker saved of its own at step %d is of another course of the run: residuals start at zero", step)
     else:
         job.load_rank_state(own)
 
