@@ -13,10 +13,13 @@ options="HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXN
 
 # With a CUDA build of torch and nvcc at hand, NCCL comes from the wheel that torch itself uses.
 cuda=$("$python" -c 'import torch; print(torch.version.cuda or "")')
-if [ -n "$cuda" ] && command -v nvcc >/dev/null; then
+nvcc=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v nvcc || true)
+if [ -n "$cuda" ] && [ -z "$nvcc" ]; then
+    say "torch is a CUDA build, but there is no nvcc: Horovod is built without NCCL, and what GPUs hold will go through the CPU"
+elif [ -n "$cuda" ]; then
     nccl=$("$python" -c 'import nvidia.nccl; print(list(nvidia.nccl.__path__)[0])')
     [ -e "$nccl/lib/libnccl.so" ] || ln -s libnccl.so.2 "$nccl/lib/libnccl.so"
-    cuda_home=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")}
+    cuda_home=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$nvcc")")")}
     options="$options HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_INCLUDE=$nccl/include HOROVOD_NCCL_LIB=$nccl/lib"
     options="$options HOROVOD_CUDA_HOME=$cuda_home HOROVOD_BUILD_CUDA_CC_LIST=${HOROVOD_BUILD_CUDA_CC_LIST:-80,90}"
 fi

@@ -202,7 +202,8 @@ class HorovodComm(Comm):
     """The workers of an initialised Horovod, or some of them (a process set).
 
     ``threads`` are those that ``initialise`` started; ``waiting`` gives the context that a wait for other workers runs in; ``is_stuck`` tells
-    when to wait no longer.
+    when to wait no longer. What GPUs hold goes through the CPU where Horovod was built without them: it takes such tensors all the same, and fails
+    in its own thread, where nobody hears of it.
     """
 
     def __init__(
@@ -219,6 +220,7 @@ class HorovodComm(Comm):
         self._failure = HorovodInternalError
         self._threads, self._gives_way = threads, False
         self._waiting, self._is_stuck = waiting, is_stuck
+        self._knows_gpus = bool(hvd.cuda_built() or hvd.rocm_built())
         self._set = process_set or hvd.global_process_set
         self._prefix = f"set{process_set.process_set_id}." if process_set else ""
 
@@ -236,28 +238,28 @@ class HorovodComm(Comm):
 
     def allreduce_async(self, tensor: Tensor, name: str, op: Op = "sum") -> Handle:
         _check_reducible(tensor)
-        wire = tensor.contiguous()
+        wire = self._on_wire(tensor)
         reduction = {"sum": self._hvd.Sum, "max": self._hvd.Max}[op]
         return self._started(lambda _: _stored(wire, tensor), self._hvd.allreduce_async_, wire, name=name, op=reduction)
 
     def allgather_async(self, tensor: Tensor, name: str) -> Handle:
         row_shape = tensor.shape[1:]
-        rows = _rows_as_bytes(tensor)
-        return self._started(lambda rows: _rows_from_bytes(rows, tensor.dtype, row_shape), self._hvd.allgather_async, rows, name=name)
+        rows = _rows_as_bytes(self._on_wire(tensor))
+        return self._started(lambda rows: _rows_from_bytes(rows, tensor, row_shape), self._hvd.allgather_async, rows, name=name)
 
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
         _check_splits(tensor, splits, self.size())
         row_shape = tensor.shape[1:]
         splits_tensor = torch.tensor(splits, dtype=torch.int32)
-        rows = _rows_as_bytes(tensor)
+        rows = _rows_as_bytes(self._on_wire(tensor))
 
         def finish(received: tuple[Tensor, Tensor]) -> tuple[Tensor, list[int]]:
-            return _rows_from_bytes(received[0], tensor.dtype, row_shape), received[1].tolist()
+            return _rows_from_bytes(received[0], tensor, row_shape), received[1].tolist()
 
         return self._started(finish, self._hvd.alltoall_async, rows, splits_tensor, name=name)
 
     def broadcast_async(self, tensor: Tensor, name: str, root: int = 0) -> Handle:
-        wire = tensor.contiguous()
+        wire = self._on_wire(tensor)
         global_root = self._set.ranks[root] if self._prefix else root  # Horovod numbers roots over the whole job
         return self._started(lambda _: _stored(wire, tensor), self._hvd.broadcast_async_, _as_bytes(wire), global_root, name=name)
 
@@ -281,6 +283,10 @@ class HorovodComm(Comm):
 
     def close(self) -> None:
         self._hvd.shutdown()
+
+    def _on_wire(self, tensor: Tensor) -> Tensor:
+        """``tensor``, or its contiguous copy, where Horovod can take it from."""
+        return tensor.contiguous() if self._knows_gpus else tensor.contiguous().cpu()
 
     def _started(self, finish: Callable[[Any], Any], start: Callable[..., int], *args: Any, name: str, **options: Any) -> Handle:
         """The handle of a collective, begun by ``start``, whose outcome goes through ``finish``."""
@@ -433,7 +439,7 @@ def _check_splits(tensor: Tensor, splits: Sequence[int], size: int) -> None:
 
 
 def _stored(wire: Tensor, tensor: Tensor) -> Tensor:
-    """``tensor`` with the values of its contiguous copy; nothing to do where no copy was needed."""
+    """``tensor`` with the values of what was sent in its place; nothing to do where no copy was needed."""
     return tensor if wire is tensor else tensor.copy_(wire)
 
 
@@ -443,13 +449,14 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 def _rows_as_bytes(tensor: Tensor) -> Tensor:
-    """(rows, ...) of any dtype as (rows, bytes of a row): Horovod refuses some dtypes but carries bytes."""
+    """(rows, ...) of any dtype, contiguous, as (rows, bytes of a row): Horovod refuses some dtypes but carries bytes."""
     row_bytes = tensor.shape[1:].numel() * tensor.element_size()
-    return _as_bytes(tensor.contiguous()).view(len(tensor), row_bytes)
+    return _as_bytes(tensor).view(len(tensor), row_bytes)
 
 
-def _rows_from_bytes(rows: Tensor, dtype: torch.dtype, row_shape: torch.Size) -> Tensor:
-    return rows.reshape(-1).view(dtype).view(len(rows), *row_shape)
+def _rows_from_bytes(rows: Tensor, like: Tensor, row_shape: torch.Size) -> Tensor:
+    """Rows of the dtype, and on the device, of a tensor."""
+    return rows.reshape(-1).view(like.dtype).view(len(rows), *row_shape).to(like.device)
 
 
 def _to_bytes(obj: Any) -> Tensor:

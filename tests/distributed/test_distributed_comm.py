@@ -104,6 +104,64 @@ def test_broadcast_tensors_leaves_values_and_layout_of_the_only_worker_alone():
     assert tensors[0].is_contiguous(memory_format=torch.channels_last)
 
 
+class OnGpu(torch.Tensor):
+    """In the place of a tensor on a GPU: Horovod is not to be given one."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor).clone()
+
+
+class Doubling:
+    """A Horovod of two workers that hold the same, and what tensors it was given."""
+
+    Sum, Max = "sum", "max"
+
+    def __init__(self, knows_gpus):
+        self.cuda_built, self.rocm_built = (lambda: knows_gpus), (lambda: False)
+        self.global_process_set = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+        self.given, self._outcomes = [], []
+
+    def _done(self, tensor, outcome):
+        self.given.append(type(tensor))
+        self._outcomes.append(outcome)
+        return len(self._outcomes) - 1
+
+    def allreduce_async_(self, tensor, **_):
+        return self._done(tensor, tensor.mul_(2))
+
+    def allgather_async(self, rows, **_):
+        return self._done(rows, torch.cat((rows, rows)))
+
+    def alltoall_async(self, rows, splits, **_):
+        own = rows[: int(splits[0])]
+        return self._done(rows, (torch.cat((own, own)), torch.tensor([len(own)] * 2)))
+
+    def broadcast_async_(self, tensor, root, **_):
+        return self._done(tensor, tensor)
+
+    def poll(self, handle):
+        return True
+
+    def synchronize(self, handle):
+        return self._outcomes[handle]
+
+
+@pytest.mark.parametrize("knows_gpus", [True, False])
+def test_what_a_gpu_holds_goes_through_the_cpu_where_horovod_was_built_without_gpus(knows_gpus):
+    pytest.importorskip("horovod.torch", reason="Horovod is not installed (scripts/setup.sh builds it)")
+    hvd = Doubling(knows_gpus)
+    comm = HorovodComm(hvd)
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    tensor = values.clone().as_subclass(OnGpu)
+    assert comm.allreduce(tensor) is tensor
+    assert tensor.tolist() == (2 * values).tolist()
+    assert comm.allgather(tensor).tolist() == [[2.0, 4.0], [6.0, 8.0]] * 2
+    rows, counts = comm.alltoall(tensor, [1, 1])
+    assert (rows.tolist(), counts) == ([[2.0, 4.0]] * 2, [1, 1])
+    assert comm.broadcast(tensor).tolist() == (2 * values).tolist()
+    assert set(hvd.given) == {OnGpu if knows_gpus else torch.Tensor}
+
+
 @pytest.fixture
 def horovods_thread():
     """A HorovodComm of a Horovod that does nothing, in one thread; and that thread's number."""
@@ -115,7 +173,7 @@ def horovods_thread():
         threads.append(threading.Thread(target=end.wait))
         threads[0].start()
 
-    hvd = SimpleNamespace(init=init, global_process_set=None)
+    hvd = SimpleNamespace(init=init, global_process_set=None, cuda_built=lambda: False, rocm_built=lambda: False)
     started = initialise(hvd)
     yield HorovodComm(hvd, threads=started), threads[0].native_id
     end.set()
