@@ -13,8 +13,9 @@ out=runs/quickstart-$number
 
 echo "1/4 synthetic data set"
 horoyolo data synth --out "$out/data" --images 160
-echo "2/4 training on two workers"
-horoyolo launch -np 2 -- train --data "$out/data/data.yaml" --cfg yolov5n --img 256 --batch 16 --epochs 25 --project "$out" --name train \
+workers=$(python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')   # NCCL wants a GPU for each
+echo "2/4 training on $workers workers"
+horoyolo launch -np "$workers" -- train --data "$out/data/data.yaml" --cfg yolov5n --img 256 --batch 16 --epochs 25 --project "$out" --name train \
     --set optim.nominal_batch=16 --set hyp.lr0=0.02 --set evaluate_every=5
 echo "3/4 validation"
 horoyolo val --weights "$out/train/weights/best.pt" --data "$out/data/data.yaml" --json "$out/val.json"

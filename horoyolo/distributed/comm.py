@@ -348,6 +348,15 @@ def initialise(hvd: Any) -> set[int]:
     return _own_threads() - before
 
 
+def sums_by_nccl() -> bool:
+    """Whether the Horovod of this process moves what GPUs hold by NCCL, which wants one for each worker."""
+    try:
+        import horovod.torch as hvd
+    except ImportError:
+        return False
+    return bool(hvd.nccl_built())
+
+
 def _set_nice(threads: Set[int], nice: int) -> bool:
     """Sets the priority of those threads that still run; gives whether that was allowed."""
     for thread in threads & _own_threads():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from horoyolo.config import Config, InputError
+from horoyolo.distributed.comm import sums_by_nccl
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     if not numbers or max(numbers) >= count or min(numbers) < 0:
         raise InputError(f"--device {wanted}: this machine shows {count} GPUs; cpu works everywhere")
     return torch.device("cuda", numbers[local_rank % len(numbers)])
+
+
+def own_gpu(device: torch.device) -> str:
+    """What names a GPU that two workers can't share, since Horovod sums by NCCL there; empty where they can, and on CPUs."""
+    if device.type != "cuda" or not sums_by_nccl():
+        return ""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def numerics_for(device: torch.device, precision: str) -> Numerics:

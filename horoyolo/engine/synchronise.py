@@ -20,6 +20,7 @@ from horoyolo.config import AgreedError, Config, InputError
 from horoyolo.elastic.member import KnownRun
 from horoyolo.engine.build import Training
 from horoyolo.engine.checkpoint import read_rank_state
+from horoyolo.engine.device import own_gpu
 from horoyolo.engine.ledger import last_step
 from horoyolo.engine.recipe import settle_anchors
 from horoyolo.engine.runs import Run, newest_state, open_run, reopen_run
@@ -42,6 +43,8 @@ class Claim:
     host: str
     data_hash: str
     config: Config
+    computes: str  # on which kind of device in which precision: what ``auto`` means there
+    gpu: str  # that no other worker may have, since NCCL would refuse; empty where there is none
     position: Position
     update: int  # updates used
     run: Run | None  # without the state it may have been resumed from
@@ -79,11 +82,15 @@ def claim_of(job: Training) -> Claim:
     """What this worker says of itself."""
     position = job.standing.position if job.begun else NOWHERE
     run = Run(job.run.folder) if job.begun else None
-    return Claim(platform.node(), job.data_hash, job.config, position, job.standing.update, run, survived=job.begun and not job.recalled)
+    computes = f"{job.numerics.device.type} in {str(job.numerics.dtype).removeprefix('torch.')}"
+    gpu, survived = own_gpu(job.numerics.device), job.begun and not job.recalled
+    return Claim(platform.node(), job.data_hash, job.config, computes, gpu, position, job.standing.update, run, survived)
 
 
 def check_agreement(claims: Sequence[Claim], rank: int, root: int) -> None:
-    """Raises InputError where this worker's data or settings are not those of ``root``; at the start of a run, on all, where any worker's are not."""
+    """Raises InputError where this worker's data, settings or precision are not those of ``root``, or another has its GPU; at the start of a run,
+    on all, where that is so of any worker.
+    """
     told = claims[root]
     starting = told.position == NOWHERE
     error = AgreedError if starting else InputError
@@ -94,6 +101,12 @@ def check_agreement(claims: Sequence[Claim], rank: int, root: int) -> None:
             here, there = asdict(claim.config), asdict(told.config)
             different = ", ".join(name for name in there if here[name] != there[name])
             raise error(f"the settings on {claim.host} differ from those on {told.host}: {different}")
+        if claim.computes != told.computes:  # other precisions have other collectives
+            remedy = "name what all have by --device and --precision"
+            raise error(f"{claim.host} computes on {claim.computes}, {told.host} on {told.computes}: {remedy}")
+        sharing = sum(other.gpu == claim.gpu for other in claims) if claim.gpu and not claim.survived else 1
+        if sharing > 1:
+            raise error(f"{sharing} workers on {claim.host} have the same GPU, which NCCL refuses: a worker for each GPU, or --device cpu")
 
 
 def go_on(job: Training, claims: Sequence[Claim], root: int, known: KnownRun) -> None:

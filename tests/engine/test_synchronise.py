@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from horoyolo.config import Config, InputError, override
+from horoyolo.config import AgreedError, Config, InputError, override
 from horoyolo.data.scan import scan_split
 from horoyolo.data.spec import load_data_spec
 from horoyolo.data.synthetic import write_synthetic
@@ -22,7 +23,8 @@ from horoyolo.elastic.member import KnownRun
 from horoyolo.engine.build import Training, build_model_for, build_training
 from horoyolo.engine.commit import copied, local_state, restore
 from horoyolo.engine.device import numerics_for
-from horoyolo.engine.synchronise import synchronise
+from horoyolo.engine.state import Position
+from horoyolo.engine.synchronise import check_agreement, claim_of, synchronise
 from horoyolo.engine.train import train_step, whole_state
 from horoyolo.engine.transfer import fingerprint
 
@@ -113,10 +115,10 @@ def config_for(data: Path, project: Path, **values: object) -> Config:
     return override(Config(), given | {"optim.nominal_batch": 0, "comms.overlap": "no", "recipe.autoanchor": False} | values, "test")
 
 
-def build(config: Config, comm: Comm) -> Training:
+def build(config: Config, comm: Comm, precision: str = "fp32") -> Training:
     spec = load_data_spec(config.data)
     splits = scan_split(spec, "train"), scan_split(spec, "val")
-    numerics = numerics_for(torch.device("cpu"), "fp32")
+    numerics = numerics_for(torch.device("cpu"), precision)
     return build_training(config, comm, numerics, build_model_for(config, spec.num_classes, spec.names), *splits, num_local=1)
 
 
@@ -250,6 +252,29 @@ def test_a_newcomer_with_other_settings_is_turned_away(data: Path, tmp_path: Pat
         futures[1].result(TIMEOUT_S)
 
 
+def test_workers_that_compute_in_different_precisions_are_told_at_the_start(data: Path, tmp_path: Path) -> None:
+    """``auto`` is what a machine has: workers that differ would have different collectives."""
+    config = config_for(data, tmp_path, precision="auto")
+    with pytest.raises(AgreedError, match=r"computes on cpu in bfloat16, .* on cpu in float32: name what all have by --device and --precision"):
+        meet([build(config, BoardComm()), build(config, BoardComm(), "bf16")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_that_nccl_is_to_have_for_one_worker_is_for_one(data: Path, tmp_path: Path) -> None:
+    told = claim_of(build(config_for(data, tmp_path), LocalComm()))
+    claims = [replace(told, gpu=gpu, host=host) for gpu, host in (("GPU-1", "a"), ("GPU-2", "a"), ("GPU-3", "b"))]
+    check_agreement(claims, rank=0, root=0)
+    twice = [*claims, replace(told, gpu="GPU-3", host="b")]
+    for rank in range(4):
+        with pytest.raises(AgreedError, match="2 workers on b have the same GPU"):
+            check_agreement(twice, rank, root=0)
+    running = [replace(claim, position=Position(0, 4, 0), survived=True) for claim in twice[:3]]
+    for rank in range(3):
+        check_agreement([*running, twice[3]], rank, root=0)  # the newcomer leaves, not they
+    with pytest.raises(InputError, match="2 workers on b have the same GPU"):
+        check_agreement([*running, twice[3]], rank=3, root=0)
+
+
 def save(job: Training) -> None:
     job.save_checkpoint(whole_state(job))
     job.background.wait()
@@ -313,6 +338,38 @@ def test_of_a_copy_and_a_checkpoint_the_newer_one_is_taken(data: Path, tmp_path:
     whence = "copy in memory of step 3; 0" if copied_at == 3 else "checkpoint of step 2; 1"
     assert f"goes on from the {whence} completed steps are lost" in caplog.text
     assert [fingerprint(job.rank_state()["residuals"]) for job in again] == residuals[max(copied_at, 2)]
+
+
+def test_what_a_worker_saved_on_another_course_of_the_run_is_left_alone(data: Path, tmp_path: Path, caplog: Any) -> None:
+    """Two workers come to step 2; one goes on from step 1 and comes to another step 2; two resume that."""
+    values = {"comms.compression": "int8", "name": "run", "keep_checkpoints": 3}
+    config = config_for(data, tmp_path, **values)
+    first = [build(config, BoardComm()) for _ in range(2)]
+    meet(first)
+    folder = first[0].run.folder
+    first[0].run.create(config)
+    for _ in range(2):
+        step(first)
+        together([lambda job=job: save(job) for job in first])
+    resumed = replace(config, resume=str(folder / "checkpoints" / "step-00000001.pt"))
+    other = [build(replace(resumed, recipe=replace(config.recipe, box_loss="giou")), BoardComm())]
+    meet(other)
+    step(other)
+    save(other[0])
+    assert (folder / "checkpoints" / "step-00000002.rank-1-of-2.pt").exists()
+
+    again = [build(replace(config, resume=str(folder)), BoardComm()) for _ in range(2)]
+    caplog.set_level("INFO", logger="horoyolo")
+    meet(again)
+    assert shared(again[0]) == shared(other[0])
+    assert "what this worker saved of its own at step 2 is of another course of the run" in caplog.text
+    assert not again[1].rank_state()["residuals"]
+
+    caplog.clear()
+    whole = [build(replace(resumed, name="x"), BoardComm()) for _ in range(2)]
+    meet(whole)
+    assert whole[1].rank_state()["residuals"]
+    assert "another course" not in caplog.text
 
 
 def test_a_survivor_goes_before_a_checkpoint(data: Path, tmp_path: Path) -> None:
