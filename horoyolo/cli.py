@@ -212,6 +212,7 @@ def _describe_launch(parser: _Parser) -> None:
 def _launch(parsed: argparse.Namespace) -> int:
     from horoyolo.elastic.launch import is_elastic, launch_elastic
     from horoyolo.launch.remote import LaunchError
+    from horoyolo.launch.slurm import slurm_options
     from horoyolo.launch.start import chosen_hosts, launch, write_batch
 
     words = parsed.job[1:] if parsed.job[:1] == ["--"] else parsed.job
@@ -222,7 +223,8 @@ def _launch(parsed: argparse.Namespace) -> int:
         check_elastic(config)
         return launch_elastic(parsed, words, config.batch)
     if parsed.slurm and parsed.script:
-        check_job(words, num_workers=1)
+        options = slurm_options(parsed)
+        check_job(words, options.nodes * options.workers_per_node)
         return write_batch(parsed, words)
     hosts = chosen_hosts(parsed, os.environ)
     config = check_job(words, sum(host.slots for host in hosts))

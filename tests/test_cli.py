@@ -155,6 +155,12 @@ def test_a_batch_script_leaves_out_nothing_that_was_asked_for(dataset: Path, her
     assert list(here.iterdir()) == []
 
 
+def test_a_batch_script_has_an_image_for_each_worker_it_asks_for(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", "--slurm", "--nodes", 4, "--gpus-per-node", 8, "--script", "a.sbatch", "--", *train(dataset, "--batch", 16)]
+    assert "batch = 16 over 32 workers" in refused(capsys, *words)
+    assert list(here.iterdir()) == []
+
+
 def test_an_elastic_job_names_its_batch(dataset: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for script in (["--dry-run"], ["--slurm", "--script", "a.sbatch"]):
         assert "--batch -1 in an elastic job" in refused(capsys, "launch", "--min-np", 2, *script, "--", *train(dataset, "--auto-batch"))
