@@ -272,6 +272,7 @@ _CHOICES = {
     "optim.optimizer": ("sgd", "adam", "adamw"),
     "input.cache": ("none", "ram", "disk"),
     "input.sampling": ("uniform", "classes", "images"),
+    "comms.compression": ("none", "fp16", "bf16", "int8", "onebit", "topk", "powersgd", "auto"),
     "comms.overlap": ("auto", "yes", "no"),
     "recipe.activation": ("", "silu", "relu", "leakyrelu", "hardswish"),
     "recipe.box_loss": ("ciou", "diou", "giou"),
@@ -309,6 +310,15 @@ _FROM_0_TO_1 = ("hyp.flipud", "hyp.fliplr", "hyp.mosaic", "hyp.mixup", "hyp.copy
 
 def validate(config: Config) -> None:
     """Raises InputError at the first value that no run could use; looks at the configuration alone, opens no file."""
+    if not config.data:
+        raise InputError("no data set: --data takes a YOLOv5 data.yaml")
+    if not config.cfg and not config.weights:
+        raise InputError("no model: --cfg takes a name (yolov5n) or a model yaml, --weights a .pt file to start from")
+    check_values(config)
+
+
+def check_values(config: Config) -> None:
+    """As ``validate``, whether or not a data set and a model are named."""
 
     def value_of(key: str) -> Any:
         tree: Any = config
@@ -316,10 +326,6 @@ def validate(config: Config) -> None:
             tree = getattr(tree, name)
         return tree
 
-    if not config.data:
-        raise InputError("no data set: --data takes a YOLOv5 data.yaml")
-    if not config.cfg and not config.weights:
-        raise InputError("no model: --cfg takes a name (yolov5n) or a model yaml, --weights a .pt file to start from")
     for key, choices in _CHOICES.items():
         if value_of(key) not in choices:
             raise InputError(f"{key} = {value_of(key)!r}; {nearest_of(str(value_of(key)), choices)}")

@@ -56,6 +56,7 @@ def train(dataset: Path, *words: object) -> list[object]:
         (["--weights", "absent.pt"], "absent.pt"),
         (["--hyp", "absent.yaml"], "absent.yaml"),
         (["--compression", "zip"], "none"),
+        (["--compression", "top"], "did you mean 'topk'"),
         (["--set", "comms.topk_ratio=0"], "above 0"),
         (["--set", "comms.powersgd_rank=0"], "at least 1"),
         (["--precision", "fp8"], "fp32"),
@@ -139,6 +140,7 @@ def test_launch_checks_the_job_first(dataset: Path, here: Path, capsys: pytest.C
     assert "3 workers" in refused(capsys, "launch", "-np", 3, "--", *train(dataset, "--batch", 2))
     assert "did you mean --epochs" in refused(capsys, "launch", "-np", 2, "--", *train(dataset, "--epoch", 2))
     assert "at least 1" in refused(capsys, "launch", "--min-np", 0, "--", *train(dataset))
+    assert "comms.compression = 'zip'" in refused(capsys, "launch", "-np", 2, "--", *train(dataset, "--compression", "zip"))
     assert "'hosts' can't be read" in refused(capsys, "launch", "--hostfile", "hosts", "--", *train(dataset))
     assert "-- train" in refused(capsys, "launch", "-np", 2)
     assert "horovodrun" in refused(capsys, "launch", "-np", 2, "--launcher", "ssh", "--dry-run", "--", *train(dataset, "--batch", 2))
