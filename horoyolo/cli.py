@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from horoyolo import __version__
 from horoyolo.config import AgreedError, Config, InputError, check_elastic
 from horoyolo.files import write_json
+from horoyolo.flag_types import file_or_dash, file_to_write, folder_to_write, fraction, positive
 from horoyolo.flags import describe_train, train_config
 from horoyolo.launch.status import announce_worker, report_status
 
@@ -157,13 +158,13 @@ def _describe_val(parser: _Parser) -> None:
     parser.add_argument("--weights", required=True, metavar="PT")
     parser.add_argument("--data", required=True, metavar="YAML")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
-    parser.add_argument("--img", "--imgsz", "--img-size", type=_positive, default=None, help="side in pixels; as trained where the file says it")
-    parser.add_argument("--batch", "--batch-size", type=_positive, default=32)
+    parser.add_argument("--img", "--imgsz", "--img-size", type=positive, default=None, help="side in pixels; as trained where the file says it")
+    parser.add_argument("--batch", "--batch-size", type=positive, default=32)
     parser.add_argument("--device", default="")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
     parser.add_argument("--workers", type=int, default=-1)
-    parser.add_argument("--out", type=Path, default=None, help="folder for metrics.json")
-    parser.add_argument("--json", type=Path, default=None, help="file for the metrics")
+    parser.add_argument("--out", type=folder_to_write, default=None, help="folder for metrics.json")
+    parser.add_argument("--json", type=file_to_write, default=None, help="file for the metrics")
     parser.set_defaults(run=_val)
 
 
@@ -188,9 +189,9 @@ def _describe_predict(parser: _Parser) -> None:
     parser.add_argument("--weights", required=True, metavar="PT")
     parser.add_argument("--source", required=True, metavar="FILE|DIR|GLOB")
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--img", "--imgsz", "--img-size", type=_positive, default=None, help="longest side in pixels; as trained where known")
-    parser.add_argument("--conf", "--conf-thres", type=_fraction, default=0.25, help="least confidence of a box")
-    parser.add_argument("--iou", "--iou-thres", type=_fraction, default=0.45, help="IoU above which the weaker box of a class goes")
+    parser.add_argument("--img", "--imgsz", "--img-size", type=positive, default=None, help="longest side in pixels; as trained where known")
+    parser.add_argument("--conf", "--conf-thres", type=fraction, default=0.25, help="least confidence of a box")
+    parser.add_argument("--iou", "--iou-thres", type=fraction, default=0.45, help="IoU above which the weaker box of a class goes")
     parser.add_argument("--device", default="")
     parser.set_defaults(run=_predict)
 
@@ -291,17 +292,18 @@ def _describe_data(parser: _Parser) -> None:
     check = actions.add_parser("check", help="look at every image and label and tell what is wrong with them")
     check.add_argument("--data", required=True, metavar="YAML")
     check.add_argument("--splits", nargs="+", default=None, choices=("train", "val", "test"), help="look at these alone")
-    check.add_argument("--json", metavar="FILE", default="", help="file for findings, figures and the content's hash; - prints the last two")
+    to_file = "file for findings, figures and the content's hash; - prints the last two"
+    check.add_argument("--json", type=file_or_dash, metavar="FILE", default=None, help=to_file)
     check.set_defaults(run=_check_data)
     stats = actions.add_parser("stats", help="classes, sizes and shapes of boxes at the training size, against anchors; takes the flags of train")
     describe_train(stats)
     stats.add_argument("--augmented", action="store_true", help="also what the model sees of the training images")
-    stats.add_argument("--out", type=Path, metavar="DIR", default=None, help="folder for plots")
-    stats.add_argument("--json", type=Path, metavar="FILE", default=None, help="file for the figures")
+    stats.add_argument("--out", type=folder_to_write, metavar="DIR", default=None, help="folder for plots")
+    stats.add_argument("--json", type=file_to_write, metavar="FILE", default=None, help="file for the figures")
     stats.set_defaults(run=_show_stats)
     synth = actions.add_parser("synth", help="a small synthetic data set")
     synth.add_argument("--out", required=True, metavar="DIR")
-    synth.add_argument("--images", type=_positive, default=200)
+    synth.add_argument("--images", type=positive, default=200)
     synth.add_argument("--seed", type=int, default=0)
     synth.set_defaults(run=_synthesise)
 
@@ -387,7 +389,7 @@ def _bench(parsed: argparse.Namespace) -> int:
 def _describe_report(parser: _Parser) -> None:
     parser.add_argument("run_folder", metavar="RUN", type=Path)
     parser.add_argument("--ledger", action="store_true", help="prove that each image of each epoch was used exactly once, or list which was not")
-    parser.add_argument("--json", metavar="FILE", default="", help="file for the figures")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", default=None, help="file for the figures")
     parser.set_defaults(run=_report)
 
 
@@ -410,20 +412,6 @@ def _report(parsed: argparse.Namespace) -> int:
 def _print_lines(lines: list[str]) -> int:
     print("\n".join(lines))
     return DONE
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1 is wanted")
-    return number
-
-
-def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: a number from 0 to 1 is wanted")
-    return number
 
 
 COMMANDS: dict[str, tuple[Callable[[_Parser], None], str]] = {

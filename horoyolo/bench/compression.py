@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from horoyolo import config as configuration
 from horoyolo.bench.compression_worker import row_words
 from horoyolo.bench.figures import machine, paired_ratio, progress, settings, spread
 from horoyolo.bench.flags import PEERS
@@ -20,8 +19,8 @@ from horoyolo.bench.scaling import size_words, worker_argv
 from horoyolo.bench.step import variant_name
 from horoyolo.bench.verdict import OVERLAPPED, auto_against_best, verdict_lines
 from horoyolo.compression.base import ring_bytes
-from horoyolo.compression.build import AUTO, COMPRESSORS, build_compressor
-from horoyolo.config import Comms, Config, InputError
+from horoyolo.compression.build import AUTO, COMPRESSORS
+from horoyolo.config import Comms, Config, InputError, check_values, override
 from horoyolo.files import write_json
 
 OVERLAPS = {"no": (False,), "yes": (True,)}
@@ -65,11 +64,11 @@ def bench_compression(parsed: argparse.Namespace) -> dict[str, Any]:
 
 def chosen_rows(entries: Sequence[str], overlaps: Sequence[str]) -> Rows:
     """A row for each entry, NAME[:KEY=VALUE,...] with the keys of ``Comms``, and each time at which buckets may leave; `auto` chooses that time
-    itself. Raises InputError for an unknown entry or key."""
+    itself. What is named twice is one row. Raises InputError for an unknown entry or key, or a value that no training would take."""
     rows: Rows = []
-    for entry in entries:
+    overlaps = list(dict.fromkeys(overlaps))
+    for entry in dict.fromkeys(entries):
         comms = entry_comms(entry)
-        build_compressor(comms)  # an unknown one is found here, not by every worker
         if comms.compression == AUTO:
             rows.append((entry, comms, tuple(overlap == "yes" for overlap in overlaps)))
         else:
@@ -83,10 +82,15 @@ def entry_comms(entry: str) -> Comms:
     values: dict[str, Any] = {"comms.compression": name}
     for word in words.split(",") if words else ():
         key, separator, value = word.partition("=")
-        if not separator:
+        if not separator or key == "compression":
             raise InputError(f"--entries {entry}: NAME:KEY=VALUE is wanted, such as powersgd:powersgd_rank=2")
         values[f"comms.{key}"] = value
-    return configuration.override(Config(), values, f"--entries {entry}").comms
+    config = override(Config(), values, f"--entries {entry}")
+    try:
+        check_values(config)
+    except InputError as error:
+        raise InputError(f"--entries {entry}: {error}") from None
+    return config.comms
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
+from horoyolo.flag_types import above_zero, file_to_write, not_negative, positive, positives
 from horoyolo.launch.flags import describe_hosts
 
 LAUNCHERS = ("horovodrun", "mpirun")
@@ -17,9 +19,9 @@ def describe_step(parser: argparse.ArgumentParser) -> None:
     """``bench step``: one process, precisions and layouts side by side, or image sizes and batches."""
     parser.add_argument("--cfg", default="yolov5s")
     several = "; several, such as %s: each with each, in the precision and layout that training takes, with the memory they need"
-    parser.add_argument("--img", type=_numbers, default=[320], metavar="PX,...", help="side in pixels" + several % "320,480,640")
-    parser.add_argument("--batch", type=_numbers, default=[16], metavar="N,...", help="images a step" + several % "8,16,32")
-    parser.add_argument("--steps", type=int, default=10, help="steps a repeat")
+    parser.add_argument("--img", type=positives, default=[320], metavar="PX,...", help="side in pixels" + several % "320,480,640")
+    parser.add_argument("--batch", type=positives, default=[16], metavar="N,...", help="images a step" + several % "8,16,32")
+    parser.add_argument("--steps", type=positive, default=10, help="steps a repeat")
     _describe_repeats(parser)
     _describe_precision(parser)
     parser.add_argument("--device", default="", help="cpu, cuda or a GPU number")
@@ -41,8 +43,8 @@ def describe_allreduce(parser: argparse.ArgumentParser) -> None:
     _describe_workers(parser)
     _describe_repeats(parser)
     _describe_launchers(parser, ["horovodrun"])
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES", help="what to sum; by default 4 B to 64 MiB")
-    parser.add_argument("--plot", default="", metavar="FILE.png")
+    parser.add_argument("--sizes", type=positive, nargs="+", default=SIZES, metavar="BYTES", help="what to sum; by default 4 B to 64 MiB")
+    parser.add_argument("--plot", type=file_to_write, default=None, metavar="FILE.png")
 
 
 def describe_compression(parser: argparse.ArgumentParser) -> None:
@@ -63,20 +65,21 @@ def describe_compression(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--links", nargs="+", default=None, metavar="RATE", help=links)
     ratio = "also links on which summing plainly takes R times as long as a step computes, which is measured first"
-    parser.add_argument("--link-ratio", nargs="+", type=float, default=[], metavar="R", help=ratio)
+    parser.add_argument("--link-ratio", nargs="+", type=above_zero, default=[], metavar="R", help=ratio)
     peers = "others in the same alternating repeats: stock Horovod's optimizer and PyTorch DDP over Gloo with its hooks; bare: all of them"
     parser.add_argument("--peers", nargs="*", default=None, choices=PEERS, help=peers)
-    parser.add_argument("--plot", default="", metavar="FILE.png")
+    parser.add_argument("--plot", type=file_to_write, default=None, metavar="FILE.png")
 
 
 def describe_elastic(parser: argparse.ArgumentParser) -> None:
     """``bench elastic``: workers are killed, and runs left alone."""
     _describe_workers(parser, num_workers=3)
     _describe_model(parser, cfg="yolov5n", img=64, batch=4, steps=100)
-    _describe_repeats(parser)
-    parser.add_argument("--kills", type=int, default=20, help="of a worker of an elastic run, one a run; 0: step rates alone")
-    parser.add_argument("--peer-kills", type=int, default=5, help="so many of them are done to each peer too: torchrun takes two minutes over one")
-    parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="a run that has not gone on by then never does")
+    _describe_repeats(parser, not_negative)
+    parser.add_argument("--kills", type=not_negative, default=20, help="of a worker of an elastic run, one a run; 0: step rates alone")
+    peer_kills = "so many of them are done to each peer too: torchrun takes two minutes over one"
+    parser.add_argument("--peer-kills", type=not_negative, default=5, help=peer_kills)
+    parser.add_argument("--limit", type=above_zero, default=60.0, metavar="SECONDS", help="a run that has not gone on by then never does")
     parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
     peers = "others in turn: stock Horovod's elastic run with TorchState, DDP under torchrun; bare: both"
     parser.add_argument("--peers", nargs="*", default=None, choices=ELASTIC_PEERS, help=peers)
@@ -92,14 +95,14 @@ def _describe_workers(parser: argparse.ArgumentParser, num_workers: int = 2) -> 
 
 def _describe_model(parser: argparse.ArgumentParser, cfg: str, batch: int, img: int = 320, steps: int = 10) -> None:
     parser.add_argument("--cfg", default=cfg)
-    parser.add_argument("--img", type=int, default=img, help="side in pixels")
-    parser.add_argument("--batch", type=int, default=batch, help="images a step of each process")
-    parser.add_argument("--steps", type=int, default=steps, help="steps a repeat")
+    parser.add_argument("--img", type=positive, default=img, help="side in pixels")
+    parser.add_argument("--batch", type=positive, default=batch, help="images a step of each process")
+    parser.add_argument("--steps", type=positive, default=steps, help="steps a repeat")
 
 
-def _describe_repeats(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=5, help="repeats of each variant, in turn")
-    parser.add_argument("--json", default="", metavar="FILE")
+def _describe_repeats(parser: argparse.ArgumentParser, number: Callable[[str], int] = positive) -> None:
+    parser.add_argument("--repeats", type=number, default=5, help="repeats of each variant, in turn")
+    parser.add_argument("--json", type=file_to_write, default=None, metavar="FILE")
 
 
 def _describe_precision(parser: argparse.ArgumentParser) -> None:
@@ -108,13 +111,3 @@ def _describe_precision(parser: argparse.ArgumentParser) -> None:
 
 def _describe_launchers(parser: argparse.ArgumentParser, default: list[str]) -> None:
     parser.add_argument("--launchers", "--launcher", nargs="+", default=default, choices=LAUNCHERS, help="Gloo by horovodrun, MPI by mpirun")
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(word) for word in text.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: numbers from 1 up are wanted, such as 320,480,640")
-    return numbers

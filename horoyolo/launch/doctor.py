@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from horoyolo.config import InputError
-from horoyolo.files import atomic_file
+from horoyolo.files import write_json
 from horoyolo.launch.command import build_command
 from horoyolo.launch.environment import YIELD
 from horoyolo.launch.hosts import Host
@@ -42,21 +42,14 @@ MPI_PINGS = 50
 
 
 def run_doctor(hosts: Sequence[Host], data: str = "", nic: str = "", json_file: str | Path | None = None, ssh: Ssh | None = None) -> int:
-    """Examine the hosts, print the table and write the JSON; gives the exit status: 0 when there are no errors, else 1.
-
-    Raises InputError when the JSON can't be written, before anybody is asked.
-    """
+    """Examine the hosts, print the table and write the JSON; gives the exit status: 0 when there are no errors, else 1."""
     ssh = ssh or Ssh()
-    if json_file and not os.access(Path(json_file).absolute().parent, os.W_OK):
-        raise InputError(f"--json {json_file}: there is no folder {Path(json_file).absolute().parent} that can be written to")
     # What launch would choose; horovodrun wants it to have the same name everywhere.
     cluster = examine(hosts, data, nic or interface_to(hosts), ssh)
     findings = judge(cluster)
     print(render(cluster, findings))
     if json_file:
-        with atomic_file(json_file, "w") as stream:
-            json.dump(to_json(cluster, findings), stream, indent=1)
-            stream.write("\n")
+        write_json(json_file, to_json(cluster, findings))
     return 1 if any(finding.severity == ERROR for finding in findings) else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from horoyolo.flag_types import file_to_write
 from horoyolo.launch.slurm import describe_slurm
 
 
@@ -27,7 +28,7 @@ def describe_doctor(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``doctor``."""
     describe_hosts(parser)
     parser.add_argument("--data", metavar="YAML", default="", help="compare the data set too")
-    parser.add_argument("--json", metavar="FILE", default=None, help="file for all findings and figures")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", default=None, help="file for all findings and figures")
 
 
 def describe_elastic(parser: argparse.ArgumentParser, where: argparse._MutuallyExclusiveGroup) -> None:

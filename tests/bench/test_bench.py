@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from horoyolo import cli
+from horoyolo.bench.compression import chosen_rows
 from horoyolo.bench.step import VARIANTS
 from horoyolo.compression.build import COMPRESSORS
 
@@ -121,7 +122,15 @@ def test_compression_runs_peers_in_the_same_repeats(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["compression", "--entries", "zip"], "known are none"),
+        (["compression", "--entries", "zip"], "--entries zip: comms.compression = 'zip'; known: auto, bf16"),
+        (["compression", "--entries", "none:compression=int8"], "NAME:KEY=VALUE"),
+        (["compression", "--entries", "int8:int8_block=0"], "--entries int8:int8_block=0: comms.int8_block = 0; at least 8"),
+        (["compression", "--entries", "topk:topk_ratio=5"], "above 0 and up to 1"),
+        (["compression", "--link-ratio", "0"], "above 0"),
+        (["compression", "--steps", "0"], "at least 1"),
+        (["allreduce", "--repeats", "0"], "at least 1"),
+        (["allreduce", "--sizes", "0"], "at least 1"),
+        (["allreduce", "--json", "."], "argument --json: . is a folder"),
         (["compression", "--entries", "topk:topk_ration=0.1"], "topk_ratio"),
         (["compression", "--entries", "topk:0.1"], "NAME:KEY=VALUE"),
         (["compression", "--links", "fast"], "200mbit"),
@@ -132,4 +141,9 @@ def test_compression_runs_peers_in_the_same_repeats(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_measured_is_told_before_anything_starts(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", *words]) == 2
-    assert told in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
+def test_what_is_named_twice_is_one_row() -> None:
+    assert [name for name, _, _ in chosen_rows(["none", "int8", "none"], ["no", "no"])] == ["none", "int8"]

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from horoyolo.config import InputError
 from horoyolo.launch import doctor
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.judge import ERROR, REQUIRED, WARNING, Cluster, Finding, Link, judge, size_text
@@ -420,11 +419,6 @@ def test_doctor_of_this_machine(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     checks = {finding["check"] for finding in result["findings"] if finding["severity"] == ERROR}
     assert checks <= {"workdir", "tmp", "shm", "limits"}  # what this machine may be short of
     assert "localhost" in capsys.readouterr().out
-
-
-def test_a_place_for_the_json_is_wanted_before_anybody_is_asked(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"there is no folder .*/absent that can be written to"):
-        doctor.run_doctor([Host("localhost", 1)], json_file=tmp_path / "absent" / "doctor.json")
 
 
 @pytest.mark.parametrize("command", ["doctor", "launch"])
