@@ -79,7 +79,8 @@ def judge(cluster: Cluster) -> list[Finding]:
         if host.name in cluster.facts:
             for check in HOST_CHECKS:
                 findings += check(cluster, host, cluster.facts[host.name])
-    findings += [*_differences(cluster), *_data_differences(cluster), *_gpu_differences(cluster), *_slow_links(cluster), *_mpi(cluster)]
+    for compare in (_differences, _data_differences, _gpu_differences, _precision_differences, _slow_links, _mpi):
+        findings += compare(cluster)
     order = {host.name: at for at, host in enumerate(cluster.hosts)}
     return sorted(findings, key=lambda finding: (finding.severity != ERROR, order.get(finding.host, -1)))
 
@@ -345,6 +346,12 @@ def _gpu_differences(cluster: Cluster) -> Iterator[Finding]:
     for host, value, common, others in _odd_ones({host: facts["gpus"][0] for host, facts in cluster.facts.items() if facts["gpus"]}):
         message = f"its GPUs are {value}, but {common} on {_listed(others)}: every step takes as long as the slowest"
         yield Finding(WARNING, host, "slots", message, f"leave {host} to another job if it is the slower one")
+
+
+def _precision_differences(cluster: Cluster) -> Iterator[Finding]:
+    for host, value, common, others in _odd_ones({host: facts.get("load", {}).get("computes", "") for host, facts in cluster.facts.items()}):
+        message = f"without --precision and --device it computes on {value}, but {_listed(others)} on {common}: no job would start"
+        yield Finding(WARNING, host, "precision", message, "name what all hosts have, such as --precision fp32")
 
 
 def _slow_links(cluster: Cluster) -> Iterator[Finding]:

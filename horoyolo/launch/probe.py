@@ -49,6 +49,11 @@ try:
     found["horovod"] = {"gloo": hvd.gloo_built(), "mpi": hvd.mpi_built(), "nccl": bool(hvd.nccl_built())}
 except Exception as error:
     found["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+try:
+    from horoyolo.engine.device import numerics_for, pick_device
+    found["computes"] = numerics_for(pick_device("", 0), "auto").describe()
+except Exception:
+    pass  # what is missing is told by other checks
 print(json.dumps(found))
 """
 
