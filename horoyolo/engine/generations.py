@@ -95,7 +95,8 @@ def train_elastic(job: Training, comm: ElasticComm, member: Member, stop: StopRe
                 else:
                     with watched(job, hooks):
                         pass
-                    lost = what_is_lost(job, outcome)
+                    with member.phase("other"):
+                        lost = what_is_lost(job, outcome)
                     comm.barrier()  # nobody leaves while rank 0 still writes
                     comm.leave()
                     if lost or outcome is Outcome.DONE:
@@ -123,11 +124,13 @@ def train_generation(
         open_run(begins)
         watch(job, hooks, last_step)
     if place.stop:
-        job.save_checkpoint(whole_state(job))
+        with member.phase("other"):
+            job.save_checkpoint(whole_state(job))
         return Outcome.STOPPED
     if is_finished(job):
         if not begins:  # rank 0 may have died before it had written the last checkpoint
-            job.save_checkpoint(whole_state(job))
+            with member.phase("other"):
+                job.save_checkpoint(whole_state(job))
         return Outcome.DONE
     return train(job, hooks, stop)
 

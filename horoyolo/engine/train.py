@@ -117,10 +117,11 @@ def watched(job: Training, hooks: list[Hook]) -> Iterator[None]:
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.after_train()
-        hooks.clear()
-        job.background.wait()
+        with job.member.phase("other"):
+            for hook in hooks:
+                hook.after_train()
+            hooks.clear()
+            job.background.wait()
 
 
 def what_is_lost(job: Training, outcome: Outcome) -> str:
