@@ -54,7 +54,7 @@ class Limits:
     max_np: int | None = None
 
 
-@dataclass
+@dataclass(eq=False)  # each is one of its own; among hundreds, comparing them by their figures takes long
 class Worker:
     """One process of the job."""
 
@@ -283,6 +283,7 @@ class Membership:
             self._enough_s = None
             self._wait_below(len(ready), now)
             return []
+        self._below_s = None
         self._enough_s = now if self._enough_s is None else self._enough_s
         awaited = self._free_slots(now) or any(worker.state == STARTING for worker in self.workers.values())
         if awaited and now - self._enough_s < START_PATIENCE_S and len(ready) != self.limits.max_np:
@@ -416,10 +417,16 @@ class Membership:
             failed = [status for status in self.generation.statuses if status > 0 and status not in ABORTED]
             if failed:
                 self._finish(job_status(failed), "the last workers failed by themselves")
-            elif self._below_s is not None and now - self._below_s >= BELOW_LIMIT_S and not any(worker.rank >= 0 for worker in living):
+            elif self._below_for_too_long(now) and not any(worker.rank >= 0 for worker in living):
                 self._finish(1, f"no worker was left for {BELOW_LIMIT_S:.0f} s")
         if max(self._fruitless, self._unformed) >= FRUITLESS:
             self._finish(1, f"{FRUITLESS} times in a row workers did not find, or lost, each other: see their network and --nic (horoyolo doctor)")
+
+    def _below_for_too_long(self, now: float) -> bool:
+        """Whether too few workers have been ready for too long, and too few are about to be: a first scan of many images takes its time."""
+        wanted = self._wanted()
+        coming = [worker for worker in self.workers.values() if worker.state in (STARTING, READY) and worker.name in wanted]
+        return self._below_s is not None and now - self._below_s >= BELOW_LIMIT_S and len(coming) < self.limits.min_np
 
     def _check_start(self, now: float) -> None:
         """Whether a job that has not begun never will."""
@@ -427,7 +434,7 @@ class Membership:
         if reachable < self.limits.min_np <= sum(host.slots for host in self.hosts):
             lost = ", ".join(host.name for host in self.hosts if self._host_rests.failures(host.name) >= TRIES)
             self._finish(1, f"{lost} can't be used, the others have fewer than {self.limits.min_np} slots (horoyolo doctor looks closer)")
-        elif self._below_s is not None and now - self._below_s >= BELOW_LIMIT_S:
+        elif self._below_for_too_long(now):
             self._finish(1, f"fewer than {self.limits.min_np} workers (--min-np) for {BELOW_LIMIT_S:.0f} s")
 
     def _finish(self, status: int, why: str) -> None:

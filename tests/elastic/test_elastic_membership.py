@@ -422,6 +422,28 @@ def test_too_few_at_the_start_is_told_once():
     assert world.finish.status == 1
 
 
+def test_workers_that_take_long_to_start_are_waited_for():
+    """The first scan of very many images: whether they hang is for the watchdog to say. Two are ready soon before the limit, one is not."""
+    world = World(Limits(2), A, C)
+    world.settle()
+    world.settle()
+    assert list(world.phase.values()) == ["starting"] * 3
+    for _ in range(int(BELOW_LIMIT_S) // 10 + 20):
+        world.pass_time(10)
+    assert not world.finish
+    world = World(Limits(2), A, C)
+    world.settle()
+    world.settle()
+    world.pass_time(BELOW_LIMIT_S - 15)
+    for name in list(world.phase)[:2]:
+        world.say_ready(name)
+    for _ in range(40):
+        world.pass_time(1)
+    assert not world.finish
+    assert len(world.formed) == 1
+    assert len(world.formed[0].places) == 2
+
+
 def test_hosts_that_can_not_be_reached_end_a_job_that_has_not_begun():
     world = World(Limits(3), A, B)
     for _ in range(3):
