@@ -46,7 +46,7 @@ class ElasticComm(Comm):
         Where one of them dies meanwhile, Horovod aborts this process: save first what must not be lost.
         """
         os.environ.update(place.env)
-        with self._member.joining():
+        with self._member.phase("start"), self._member.joining():  # among hundreds of workers that takes longer than a step
             if place.size == 1:
                 self._now = LocalComm()
             else:
