@@ -91,6 +91,8 @@ class ForkServer:
             socket.send_fds(self.channel, [json.dumps(request).encode()], descriptors)
             answer = self.channel.recv(MESSAGE_BYTES)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self.channel.shutdown(socket.SHUT_RDWR)  # an answer that comes late would be taken for that of the next request
             raise ServerGone from error
         if not answer:
             raise ServerGone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -36,6 +37,19 @@ def server(argv: list[str]) -> Iterator[ForkServer]:
     assert server.hear_warm()
     yield server
     server.close()
+
+
+def test_an_answer_that_comes_late_is_not_that_of_the_next_request() -> None:
+    slow = ForkServer.__new__(ForkServer)
+    slow.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with slow.channel, theirs:
+        slow.channel.settimeout(0.01)
+        assert Forked(1, slow).wait() == -signal.SIGKILL  # it is not known
+        with contextlib.suppress(OSError):
+            theirs.send(b'{"status": 0}')
+        for _ in range(2):
+            with pytest.raises(ServerGone):
+                slow.ask({"fork": []})
 
 
 @pytest.fixture
