@@ -35,6 +35,7 @@ from horoyolo.launch.status import STATUS_DIR, make_folder, remove_notes, take_s
 
 SHARED_MEMORY = Path("/dev/shm")
 MEMORY_SUFFIX = "-memory"
+MEMORY_TRIES = 100
 POLL_S = 1.0
 
 
@@ -234,17 +235,29 @@ def kept_memory(memory: Path) -> Iterator[None]:
     It is locked. So those whose agent was killed, with the launcher, can be told from the others, and are removed too: memory is scarce.
     """
     for stale in memory.parent.glob(f"horoyolo-job-*{MEMORY_SUFFIX}"):
-        if stale != memory and stale.stat().st_uid == os.geteuid() and (lock := _lock(stale)) is not None:
+        if stale != memory and _is_own(stale) and (lock := _lock(stale)) is not None:
             shutil.rmtree(stale, ignore_errors=True)
             os.close(lock)
-    memory.mkdir(mode=0o700, exist_ok=True)
-    lock = _lock(memory)
+    for _ in range(MEMORY_TRIES):
+        memory.mkdir(mode=0o700, exist_ok=True)
+        lock = _lock(memory)
+        if lock is not None:
+            break
+        time.sleep(0.01)  # another agent has just found the new folder without a lock, and removes it
     try:
         yield
     finally:
         shutil.rmtree(memory, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is this user's; not, where its agent has just removed it."""
+    try:
+        return folder.stat().st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 def _lock(folder: Path) -> int | None:
@@ -256,6 +269,9 @@ def _lock(folder: Path) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        os.close(descriptor)
+        return None
+    if not os.fstat(descriptor).st_nlink:  # it was removed before it was locked
         os.close(descriptor)
         return None
     return descriptor
