@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +35,21 @@ def _take_interrupts() -> None:
     """A shell starts what it puts in the background deaf to SIGINT, and so would be every program that a test starts and then interrupts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_name_server() -> Iterator[None]:
+    """Names that a test makes up are known to nobody, and no name server is asked for them."""
+    look_up, own = socket.getaddrinfo, {None, "", "localhost", socket.gethostname()}
+
+    def look_up_here(host: Any, *more: Any, **options: Any) -> Any:
+        if host not in own and not re.fullmatch(r"[0-9.]+|.*:.*", host.decode() if isinstance(host, bytes) else host):
+            raise socket.gaierror(socket.EAI_NONAME, "no name server is asked by tests")
+        return look_up(host, *more, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", look_up_here)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -28,7 +28,7 @@ def own_address(host: str) -> str:
     """The IPv4 address from which this machine would send to a host; '' when its name is unknown or there is no route. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((host, 9))
+            probe.connect(socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0][4])
         except (OSError, UnicodeError):  # an unknown name, none at all, or no route
             return ""
         return probe.getsockname()[0]
