@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from horoyolo.config import Config, InputError
 from horoyolo.engine.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint
 from horoyolo.engine.stop import STOP
 from horoyolo.files import atomic_file
+
+log = logging.getLogger("horoyolo")
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,22 @@ class Run:
     def _folders(self) -> tuple[Path, ...]:
         return self.weights, self.checkpoints, self.plots, self.logs
 
-    def clear(self) -> None:
-        """Removes what the run left when it last ended: a request to stop, and files half written. Only for whoever begins it: nobody else writes."""
+    def clear(self, anew: bool) -> None:
+        """Removes what the run left when it last ended: a request to stop, and files half written. Only for whoever begins it: nobody else writes.
+
+        ``anew``: it goes on from no checkpoint. Those of a run that was here before (``--exist-ok``) are set aside, or a resume would take them for
+        this one's.
+        """
         (self.folder / STOP).unlink(missing_ok=True)
         for left_over in self.folder.rglob(".*.tmp"):
             if left_over.is_file():
                 left_over.unlink(missing_ok=True)
+        if anew and any(self.checkpoints.iterdir()):
+            before = self.folder / "checkpoints-before"
+            shutil.rmtree(before, ignore_errors=True)
+            self.checkpoints.rename(before)
+            self.checkpoints.mkdir()
+            log.warning("%s: another run's checkpoints are there; they are set aside as %s", self.folder, before.name)
 
 
 def resumed_folder(config: Config) -> Path | None:

@@ -119,7 +119,7 @@ def open_folder(job: Training, begins: bool) -> None:
         try:
             run.create(job.config)
             if begins:
-                run.clear()
+                run.clear(anew=job.progress.step == 0)
         except OSError as error:
             failed = f"run folder {run.folder}: {error.strerror} ({error.filename}); a disk with room, and the right to write there, are wanted"
             if begins:

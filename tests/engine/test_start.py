@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from horoyolo.config import InputError
+from horoyolo.elastic.member import Fixed
 from horoyolo.engine.build import Training
-from horoyolo.engine.checkpoint import newest_checkpoint
+from horoyolo.engine.checkpoint import newest_checkpoint, serialised, write_checkpoint
 from horoyolo.engine.runs import Run
 from horoyolo.engine.start import open_folder
 from horoyolo.engine.train import Outcome, watched, what_is_lost, whole_state
@@ -54,6 +55,44 @@ def test_what_was_left_goes_when_the_run_begins_and_not_later(open_job: Callable
     assert all(path.exists() for path in left)
     open_folder(job, begins=True)
     assert not any(path.exists() for path in left)
+
+
+def test_the_end_of_training_has_the_time_of_a_checkpoint_not_of_a_step(open_job: Callable[..., Training]) -> None:
+    """A worker that writes its last checkpoint to a slow disk would be taken for one that hangs, and killed."""
+    job = open_job()
+    phases = ["step"]
+
+    class Noting(Fixed):
+        @contextmanager
+        def phase(self, name: str) -> Iterator[None]:
+            phases.append(name)
+            yield
+            phases.pop()
+
+    seen = []
+    job.member = Noting()
+    job.background.start("slow", lambda: None)
+    job.background.wait, wait = (lambda: seen.append(phases[-1]) or wait()), job.background.wait  # type: ignore[func-returns-value, method-assign]
+    with watched(job, []):
+        seen.append(phases[-1])
+    assert seen == ["step", "other"]
+
+
+def test_another_run_s_checkpoints_are_set_aside_when_a_run_begins_in_its_folder(
+    open_job: Callable[..., Training], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A resume would take them for its own: they are further. Those of the run itself stay when it is resumed."""
+    job = open_job()
+    old = write_checkpoint(job.run.checkpoints, serialised({"step": 2600}), 2600, keep=1, notes={})
+    job.progress.step = 7
+    open_folder(job, begins=True)
+    assert old.exists()
+    job.progress.step = 0
+    for _ in range(2):
+        open_folder(job, begins=True)
+        assert list(job.run.checkpoints.iterdir()) == []
+        assert (job.run.folder / "checkpoints-before" / old.name).exists()
+    assert caplog.text.count("set aside as checkpoints-before") == 1
 
 
 @pytest.mark.parametrize("before", [False, True])
