@@ -108,7 +108,9 @@ class Training:
         balance = self.sampler.balance
         if balance is not None:
             names = self.val_split.names
-            balance.ap = np.array([metrics["per_class"][names[i]]["map50_95"] for i in sorted(names)])
+            of_class = [metrics["per_class"][names[i]] for i in sorted(names)]
+            # Of a class without a box in val nothing is known.
+            balance.ap = np.array([it["map50_95"] if it["instances"] else metrics["map50_95"] for it in of_class])
             metrics["sampling"] = {"by": balance.by, "boxes_seen": dict(zip(names.values(), balance.boxes_seen().tolist(), strict=True))}
 
     def evaluate(self, model: YOLO) -> tuple[dict[str, Any], list[float]]:

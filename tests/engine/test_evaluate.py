@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from horoyolo.distributed.comm import LocalComm
 from horoyolo.elastic.member import Fixed
+from horoyolo.engine.build import Training
 from horoyolo.engine.evaluate import CocoEvaluator, at_best_f1, score, to_original
 
 WORKER = Path(__file__).parent / "score_worker.py"
@@ -174,3 +176,13 @@ def test_images_that_can_not_be_read_any_more_are_named(open_job: Any, caplog: p
         gone.write_bytes(content)
     assert "1 images of val can't be read" in caplog.text
     assert gone.name in caplog.text
+
+
+def test_of_a_class_without_a_box_in_val_nothing_is_known_to_draw_by(open_job: Callable[..., Training]) -> None:
+    """As in YOLOv5: it counts as found as well as the others, or its images would be all that is seen."""
+    job = open_job(**{"input.sampling": "images"})
+    names, balance = job.val_split.names, job.sampler.balance
+    of_class = {name: {"map50_95": 0.8, "instances": 3} for name in names.values()} | {names[0]: {"map50_95": 0.0, "instances": 0}}
+    job.heed({"per_class": of_class, "map50_95": 0.8})
+    assert balance is not None
+    assert balance.ap.tolist() == [0.8] * len(names)
