@@ -41,7 +41,7 @@ class Unreadable:
 
 def check_share(report: ScanReport, most: float) -> None:
     """Raises InputError where more than a share of ``most`` of a split's images are unreadable or have labels that are."""
-    of_labels = {re.sub(r"(:\d+)? \(.*\)$", "", found) for found in (*report.corrupt, *report.out_of_range)}  # without line and reason
+    of_labels = {re.sub(r"(:\d+)? \([^()]*\)$", "", found) for found in (*report.corrupt, *report.out_of_range)}  # without line and reason
     bad = [*report.corrupt_images, *sorted(of_labels)]
     num_images = report.images + len(report.corrupt_images)
     if len(bad) > most * num_images:

@@ -59,6 +59,12 @@ def test_label_files_that_can_not_be_read_count_each() -> None:
         check_share(ScanReport("train", images=10, corrupt=[*denied, "labels/8.txt:3 (not five numbers)"]), 0.5)
 
 
+def test_names_with_parentheses_count_each() -> None:
+    corrupt = [f"labels/img ({number}).txt:1 (not five numbers)" for number in range(9)]
+    with pytest.raises(InputError, match=r"9 of 10 images or their labels are corrupt \(labels/img \(0\).txt, "):
+        check_share(ScanReport("train", images=10, corrupt=[*corrupt, "labels/img (8).txt:3 (not five numbers)"]), 0.5)
+
+
 def test_images_that_vanish_are_named_and_too_many_end_the_run(open_job: Callable[..., Training], caplog: pytest.LogCaptureFixture) -> None:
     """One goes at the start of each epoch but the first; the third is one too many of eight."""
     job = open_job(epochs=4, max_bad_share=0.3, evaluate_every=9, **{"hyp.mosaic": 0})
