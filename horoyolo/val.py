@@ -39,7 +39,8 @@ def validate(
     img = img or int(meta.get("img") or DEFAULT_IMG)
     if img % max(model.strides):
         raise InputError(f"--img {img}: a multiple of {max(model.strides)}, the largest stride, is wanted")
-    loader = build_eval_loader(EvalDataset(scanned, img, max(model.strides)), batch, comm, choose_num_workers(num_workers, comm.local_size()))
+    dataset, num_workers = EvalDataset(scanned, img, max(model.strides)), choose_num_workers(num_workers, comm.local_size())
+    loader = build_eval_loader(dataset, batch * comm.size(), comm, num_workers)
     model = model.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     with ending(loader):
         metrics, _ = evaluate(model, loader, scanned, numerics, comm)

@@ -79,7 +79,9 @@ def build_train_loader(dataset: TrainDataset, sampler: Sampler, comm: Place, num
 
 
 def build_eval_loader(dataset: EvalDataset, batch: int, comm: Place, num_workers: int, pin_memory: bool = False) -> DataLoader[Any]:
-    """A loader of `EvalBatch`es of up to `batch` images of one shape; over all workers each image comes exactly once."""
+    """A loader of `EvalBatch`es of images of one shape, up to `batch` of them on all workers together, one on each at least; over all workers each
+    image comes exactly once.
+    """
     return _build(dataset, _EvalBatches(dataset.shapes_hw, batch, comm), collate_eval, num_workers, pin_memory)
 
 
@@ -163,7 +165,8 @@ class _EvalBatches:
         by_shape = sorted(range(len(self.shapes_hw)), key=self.shapes_hw.__getitem__)
         mine = share(len(by_shape), self.comm.rank(), self.comm.size())
         groups = (list(group) for _, group in groupby(by_shape[mine.start : mine.stop], self.shapes_hw.__getitem__))
-        return [group[start : start + self.batch] for group in groups for start in range(0, len(group), self.batch)]
+        most = -(-self.batch // self.comm.size())
+        return [group[start : start + most] for group in groups for start in range(0, len(group), most)]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self._batches())

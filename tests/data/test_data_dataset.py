@@ -215,9 +215,10 @@ def test_evaluation_scores_each_image_once(split: Split, size: int) -> None:
     dataset = EvalDataset(split, IMG)
     indices = []
     for rank in range(size):
-        loader = build_eval_loader(dataset, 2, Place(rank, size), 0)
+        loader = build_eval_loader(dataset, 6, Place(rank, size), 0)
         batches = list(loader)
         assert len(batches) == len(loader)
+        assert max(map(len, batches), default=0) <= {1: 6, 3: 2, 20: 1}[size]  # no more on all together
         for batch in batches:
             assert batch.images.shape == (len(batch.indices), 3, *dataset.shapes_hw[batch.indices[0]])
             assert batch.original_hw.shape == batch.pads.shape == (len(batch), 2)
