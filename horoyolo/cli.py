@@ -327,7 +327,7 @@ def _check_data(parsed: argparse.Namespace) -> int:
     from horoyolo.data.staging import describe_content
 
     spec = load_data_spec(parsed.data)
-    names = parsed.splits or list(spec.splits)
+    names = parsed.splits or spec.splits_to_look_at()
     if parsed.json == "-":
         return _print_lines([json.dumps(describe_content([scan_split(spec, name) for name in names]))])
     checks = check_splits(spec, names)
@@ -335,7 +335,7 @@ def _check_data(parsed: argparse.Namespace) -> int:
     if parsed.json:
         found = {check.scan.split: check.as_dict() for check in checks}
         write_json(parsed.json, describe_content([scan_split(spec, name, strict=False) for name in names]) | {"found": found})
-    for name in names:
+    for name in parsed.splits or [name for name in names if name != "test"]:
         scan_split(spec, name)  # what training would refuse ends this with the same line
     return DONE
 

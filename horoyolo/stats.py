@@ -92,7 +92,8 @@ def show_stats(config: Config, augmented: bool, out: Path | None, json_file: Pat
     Pictures go to the folder ``out``. Raises InputError as training does.
     """
     spec = load_data_spec(config.data)
-    splits = [scan_split(spec, name) for name in spec.splits]
+    splits = [scan_split(spec, name, strict=name != "test") for name in spec.splits_to_look_at()]
+    splits = [split for split in splits if split.report.boxes]  # a test split may be without labels
     train = next((split for split in splits if split.name == "train"), None)
     model = build_model_for(config, spec.num_classes, spec.names)
     if train and isinstance(model.table["anchors"], int):  # its table says how many, the boxes which

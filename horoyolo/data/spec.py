@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,19 @@ class DataSpec:
             if not source.exists():
                 raise InputError(f"{self.file}: `{split}` names {source}, which doesn't exist{self._download_hint()}")
         files = sorted(file for source in sources for file in self._images_in(split, source))
+        for file in files:
+            try:
+                str(file).encode()
+            except UnicodeEncodeError:
+                raise InputError(f"{os.fsencode(file)!r} (`{split}` of {self.file}): the file's name is not UTF-8; another one is wanted") from None
         if not files:
             where = ", ".join(str(source) for source in sources)
             raise InputError(f"no images found for `{split}` in {where}{self._download_hint()}")
         return files
+
+    def splits_to_look_at(self) -> list[str]:
+        """All splits; `test`, which training does not read, where it is there: many a data.yaml names one that comes separately."""
+        return [name for name, sources in self.splits.items() if name != "test" or all(source.exists() for source in sources)]
 
     def annotations(self, split: str) -> dict[Path, tuple[CocoImage, Path]]:
         """The images of a split whose labels are in COCO instances files, each with its file; those of label files are not among them."""
@@ -52,7 +61,11 @@ class DataSpec:
                 if unknown:
                     raise InputError(f"{source}: category {unknown[0]!r} is not among the `names` of {self.file}")
                 folder = self._image_folder(split, source, content)
-                found |= {_absolute(folder / image.name): (image, source) for image in content.images}
+                for image in content.images:
+                    file = _absolute(folder / image.name)
+                    if file in found:
+                        raise InputError(f"{source} lists {image.name}, which {found[file][1]} lists already: one entry with all boxes is wanted")
+                    found[file] = image, source
         return found
 
     def _images_in(self, split: str, source: Path) -> Iterable[Path]:
@@ -150,11 +163,18 @@ def _locate(root: Path, entry: str) -> Path:
 
 def _images_in(source: Path, root: Path) -> Iterable[Path]:
     if source.is_dir():
-        files: Iterable[Path] = (Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names)
+        files: Iterable[Path] = _visible_files(source)
     else:
         lines = (line.strip() for line in source.read_text(encoding="utf-8", errors="replace").splitlines())
         files = (_listed(line, source.parent, root) for line in lines if line)
     return (file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _visible_files(source: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones, as a glob has them: what editors and file managers leave beside images is no data."""
+    for folder, folders, names in os.walk(source, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def _listed(line: str, folder: Path, root: Path) -> Path:

@@ -75,6 +75,18 @@ def test_the_yaml_may_say_where_images_lie_and_what_classes_are_called(tmp_path:
         scan_split(load_data_spec(yaml_file), "train")
 
 
+def test_an_image_of_two_files_is_told(tmp_path: Path) -> None:
+    """One of the two would lose its boxes, and its objects would be taught as background."""
+    write_set(tmp_path)
+    other = tmp_path / "annotations" / "more.json"
+    other.write_text((tmp_path / "annotations" / "instances_val2017.json").read_text())
+    sources = ["annotations/instances_val2017.json", "annotations/more.json"]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"train": sources, "val": sources[0], "images": "images/val2017"}))
+    spec = load_data_spec(tmp_path / "data.yaml")
+    with pytest.raises(InputError, match=r"more\.json lists a\.png, which .*instances_val2017\.json lists already: one entry with all boxes"):
+        scan_split(spec, "train")
+
+
 def test_findings_name_the_image_and_the_box(tmp_path: Path) -> None:
     extra = [
         {"id": 4, "image_id": 2, "category_id": 3, "bbox": [1, 1, 8, 8]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,28 @@ def test_folders_are_searched_and_sorted(root: Path) -> None:
     assert spec.names == {0: "x", 1: "y"}
     assert spec.num_classes == 2
     assert set(spec.splits) == {"train", "val"}
+
+
+def test_hidden_files_are_no_images(root: Path) -> None:
+    """What notebooks and file managers leave: copies without labels, and files of other content under an image's name."""
+    for name in (".ipynb_checkpoints/a-checkpoint.jpg", "._a.jpg"):
+        file = root / "images" / "train" / name
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    assert train_names(write(root / "data.yaml", **SPLITS, names=["x"])) == ["a.jpg", "b.PNG"]
+
+
+def test_a_name_that_is_not_utf_8_is_told(root: Path) -> None:
+    (root / "images" / "train" / os.fsdecode(b"caf\xe9.jpg")).touch()
+    with pytest.raises(InputError, match=r"caf\\xe9\.jpg' \(`train` of .*: the file's name is not UTF-8"):
+        train_names(write(root / "data.yaml", **SPLITS, names=["x"]))
+
+
+def test_a_test_split_that_is_not_there_is_nothing_to_look_at(root: Path) -> None:
+    file = write(root / "data.yaml", **SPLITS, test="images/test", names=["x"])
+    assert load_data_spec(file).splits_to_look_at() == ["train", "val"]
+    (root / "images" / "test").mkdir()
+    assert load_data_spec(file).splits_to_look_at() == ["train", "val", "test"]
 
 
 def test_names_may_be_a_mapping_in_any_order(root: Path) -> None:
