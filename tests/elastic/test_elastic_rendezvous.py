@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from horoyolo.elastic.rendezvous import Rendezvous
+from horoyolo.elastic.rendezvous import HEAD_LIMIT, Rendezvous
 
 
 @pytest.fixture
@@ -39,6 +39,32 @@ def test_an_endless_value_is_refused(server):
     connection.putheader("Content-Length", str(2**40))
     connection.endheaders()
     assert connection.getresponse().status == 400
+
+
+def test_a_request_in_pieces_holds_nobody_up(server):
+    """Nor does a worker that reads its answer late."""
+    value = bytes(range(256)) * 4096  # 1 MiB: more than a socket takes at once
+    with socket.create_connection(("127.0.0.1", server.port)) as slow, socket.create_connection(("127.0.0.1", server.port)) as late:
+        slow.sendall(b"PUT /global_gloo/1 HTTP/1.1\r\nHost: here\r\ncontent-length: 7\r\n\r\nhal")
+        assert ask(server, "GET", "/global_gloo/1")[0] == 404
+        assert ask(server, "PUT", "/global_gloo/2", value)[0] == 200
+        late.sendall(b"GET /global_gloo/2 HTTP/1.1\r\n\r\n")
+        assert ask(server, "GET", "/global_gloo/2") == (200, value)
+        slow.sendall(b"fway")
+        assert slow.recv(100).startswith(b"HTTP/1.0 200 OK\r\n")
+        assert ask(server, "GET", "/global_gloo/1") == (200, b"halfway")
+        answer = b"".join(iter(lambda: late.recv(2**16), b""))
+        assert answer.partition(b"\r\n\r\n")[2] == value
+
+
+NO_LENGTH, NO_NUMBER = b"PUT /a HTTP/1.1\r\n\r\n", b"PUT /a HTTP/1.1\r\nContent-Length: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("request_", [NO_LENGTH, NO_NUMBER, b"POST /a HTTP/1.1\r\n\r\n", b"x" * (HEAD_LIMIT + 1)])
+def test_what_is_no_request_is_refused(server, request_):
+    with socket.create_connection(("127.0.0.1", server.port)) as asking:
+        asking.sendall(request_)
+        assert asking.recv(100).split()[1] in (b"400", b"501")
 
 
 def test_only_its_own_address_answers(server):
