@@ -93,7 +93,11 @@ def run_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[
                 status = process.wait(timeout_s)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGTERM)
-                process.wait()
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
                 status = -1
         assert status == 0, f"{' '.join(argv)} ended with {status}:\n{log.read_text()}"
         return [torch.load(out / f"rank{rank}.pt") for rank in range(num_workers)]

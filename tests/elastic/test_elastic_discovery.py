@@ -52,11 +52,12 @@ def test_what_is_no_list_is_refused(text, says, tmp_path):
 def test_a_program_that_hangs_is_ended_with_its_children(tmp_path):
     begin_s = time.monotonic()
     with pytest.raises(DiscoveryError, match="no answer"):
-        run([program(tmp_path, f"sleep 50 & echo $! > {tmp_path}/pid; sleep 60; echo n1:1")], limit_s=0.5)
-    assert time.monotonic() - begin_s < 5
-    child = int((tmp_path / "pid").read_text())
-    time.sleep(0.1)
-    assert not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text()
+        run([program(tmp_path, f"sleep 50 & echo $! > {tmp_path}/pid; sleep 60; echo n1:1")], limit_s=2)
+    assert time.monotonic() - begin_s < 30
+    child = Path(f"/proc/{int((tmp_path / 'pid').read_text())}/stat")
+    while child.exists() and " Z " not in child.read_text():
+        assert time.monotonic() - begin_s < 30
+        time.sleep(0.05)
 
 
 def test_slurm_is_the_allocation_and_the_nodes_that_are_up(tmp_path, monkeypatch):

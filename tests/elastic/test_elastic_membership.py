@@ -146,6 +146,12 @@ class World:
             self.settle()
         return self
 
+    def coming(self) -> int:
+        """Workers that start or are ready, in slots that the list has."""
+        slots = {host.name: host.slots for host in self.list}
+        there = (self.slot[name] for name, phase in self.phase.items() if phase in ("starting", "ready"))
+        return sum(slot < slots.get(host, 0) for host, slot in there)
+
     def up(self) -> list[str]:
         """The workers of the present generation when it is up, by rank."""
         generation = self.membership.generation
@@ -197,6 +203,9 @@ def test_whatever_happens_the_job_comes_back_to_all_its_workers(min_np, max_np, 
             break
     if world.finish:
         assert world.finish.status == 1
+        for_want_of_workers = "fewer than" in world.finish.why or "was left" in world.finish.why
+        assert for_want_of_workers or any(why in world.finish.why for why in ("can't be used", "times in a row", "failed by themselves"))
+        assert not for_want_of_workers or world.coming() < min_np, "it is ended though enough workers are about to be there"
         return
     world.list = [A, B, C]
     world.run(700, step_s=10)
