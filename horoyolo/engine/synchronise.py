@@ -83,7 +83,8 @@ def claim_of(job: Training) -> Claim:
     position = job.standing.position if job.begun else NOWHERE
     run = Run(job.run.folder) if job.begun else None
     computes = f"{job.numerics.device.type} in {str(job.numerics.dtype).removeprefix('torch.')}"
-    gpu, survived = own_gpu(job.numerics.device), job.begun and not job.recalled
+    gpu = own_gpu(job.numerics.device) if job.comm.size() > 1 else ""  # one process needs no Horovod to ask
+    survived = job.begun and not job.recalled
     return Claim(platform.node(), job.data_hash, job.config, computes, gpu, position, job.standing.update, run, survived)
 
 
