@@ -315,7 +315,8 @@ class Membership:
         """The next generation, or nothing while there are too few workers for it."""
         stop = self.stopping
         if len(ready) < self.limits.min_np and not stop:
-            if not self._wait_below(len(ready), now) or not any(worker.rank >= 0 for worker in ready):
+            self._wait_below(len(ready), now)
+            if not self._below_for_too_long(now) or not any(worker.rank >= 0 for worker in ready):
                 return []
             stop = self.stopping = self.too_few = True
         if not ready:
@@ -341,8 +342,8 @@ class Membership:
         self.generation = Generation(number, tuple(worker.name for worker in ready), now, began_s)
         return [Form(number, places, stop)]
 
-    def _wait_below(self, num_ready: int, now: float) -> bool:
-        """Note that there are too few workers; whether that has gone on for too long."""
+    def _wait_below(self, num_ready: int, now: float) -> None:
+        """Note that there are too few workers."""
         if self._below_s is None:
             self._below_s, self._below_told = now, False
         waited_s = now - self._below_s
@@ -351,7 +352,6 @@ class Membership:
             self._below_told = True
             wanted = f"at least {self.limits.min_np} are wanted (--min-np)"
             self._lines.append(f"{num_ready} workers are ready, {wanted}: waiting for more, {BELOW_LIMIT_S - waited_s:.0f} s")
-        return waited_s >= BELOW_LIMIT_S
 
     def _staff(self, wanted: set[str], now: float) -> list[Action]:
         """Workers and agents to start and to end."""

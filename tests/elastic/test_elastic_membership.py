@@ -296,6 +296,20 @@ def test_too_few_wait_and_then_stop_with_a_checkpoint(world):
     assert world.finish == Finish(75, "")
 
 
+def test_too_few_go_on_waiting_for_those_that_start(world):
+    """On a host that has to fetch an image first, say: whether they hang is for the watchdog to say."""
+    world.list = [B]
+    world.end(world.up()[-1], KILLED)
+    world.lose("a")
+    for _ in range(100):
+        world.pass_time(10)
+        world.phase = {name: "slow" if phase == "starting" else phase for name, phase in world.phase.items()}
+        world.settle()
+    assert sorted(world.phase.values()) == ["ready", "slow"]
+    assert not world.finish
+    assert not world.membership.stopping
+
+
 def test_a_worker_that_stops_by_itself_does_not_stop_for_want_of_workers(world):
     """It found the file STOP."""
     for name in world.up():
