@@ -212,7 +212,7 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 def missing_parts(table: Mapping[str, Any]) -> str:
     """What a layer table lacks, as words for a line; empty when nothing."""
-    return ", ".join(key for key in ("anchors", "backbone", "head") if not table.get(key))
+    return ", ".join(key for key in ("anchors", "backbone", "head") if table.get(key) in (None, "", []))
 
 
 def _build_layers(table: dict[str, Any]) -> tuple[list[nn.Module], list[list[int]]]:
