@@ -10,7 +10,6 @@ sockets that reads no more of HTTP than Gloo writes; a thread and http.server's 
 
 from __future__ import annotations
 
-import contextlib
 import re
 import selectors
 import socket
@@ -42,7 +41,7 @@ class Rendezvous:
         self._thread.join()
 
     def _serve(self) -> None:
-        with selectors.DefaultSelector() as selector, self._listener, self._ended, contextlib.ExitStack() as asking:
+        with selectors.DefaultSelector() as selector, self._listener, self._ended:
             selector.register(self._ended, selectors.EVENT_READ)
             selector.register(self._listener, selectors.EVENT_READ)
             while True:
@@ -50,7 +49,7 @@ class Rendezvous:
                     if key.fileobj is self._ended:
                         for other in list(selector.get_map().values()):
                             if isinstance(other.data, _Asking):
-                                asking.callback(other.data.connection.close)
+                                other.data.connection.close()
                         return
                     if key.fileobj is self._listener:
                         self._accept(selector)

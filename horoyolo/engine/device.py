@@ -19,6 +19,11 @@ class Numerics:
     dtype: torch.dtype  # float32, bfloat16 or float16
     memory_format: torch.memory_format
 
+    @property
+    def kind(self) -> str:
+        """On what kind of device in which precision: what has to be the same on all workers."""
+        return f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
+
     def describe(self) -> str:
         """For a log line: device, precision, layout."""
         return f"{self.device}, {str(self.dtype).removeprefix('torch.')}, {str(self.memory_format).removeprefix('torch.')}"

@@ -43,7 +43,7 @@ class Claim:
     host: str
     data_hash: str
     config: Config
-    computes: str  # on which kind of device in which precision: what ``auto`` means there
+    computes_on: str  # ``Numerics.kind``: what ``auto`` means there
     gpu: str  # that no other worker may have, since NCCL would refuse; empty where there is none
     position: Position
     update: int  # updates used
@@ -82,10 +82,9 @@ def claim_of(job: Training) -> Claim:
     """What this worker says of itself."""
     position = job.standing.position if job.begun else NOWHERE
     run = Run(job.run.folder) if job.begun else None
-    computes = f"{job.numerics.device.type} in {str(job.numerics.dtype).removeprefix('torch.')}"
     gpu = own_gpu(job.numerics.device) if job.comm.size() > 1 else ""  # one process needs no Horovod to ask
     survived = job.begun and not job.recalled
-    return Claim(platform.node(), job.data_hash, job.config, computes, gpu, position, job.standing.update, run, survived)
+    return Claim(platform.node(), job.data_hash, job.config, job.numerics.kind, gpu, position, job.standing.update, run, survived)
 
 
 def check_agreement(claims: Sequence[Claim], rank: int, root: int) -> None:
@@ -102,12 +101,12 @@ def check_agreement(claims: Sequence[Claim], rank: int, root: int) -> None:
             here, there = asdict(claim.config), asdict(told.config)
             different = ", ".join(name for name in there if here[name] != there[name])
             raise error(f"the settings on {claim.host} differ from those on {told.host}: {different}")
-        if claim.computes != told.computes:  # other precisions have other collectives
+        if claim.computes_on != told.computes_on:  # other precisions have other collectives
             remedy = "name what all have by --device and --precision"
-            raise error(f"{claim.host} computes on {claim.computes}, {told.host} on {told.computes}: {remedy}")
-        sharing = sum(other.gpu == claim.gpu for other in claims) if claim.gpu and not claim.survived else 1
-        if sharing > 1:
-            raise error(f"{sharing} workers on {claim.host} have the same GPU, which NCCL refuses: a worker for each GPU, or --device cpu")
+            raise error(f"{claim.host} computes on {claim.computes_on}, {told.host} on {told.computes_on}: {remedy}")
+        sharing = [other for other in claims if claim.gpu and other.gpu == claim.gpu]
+        if len(sharing) > 1 and not claim.survived:
+            raise error(f"{len(sharing)} workers on {claim.host} have the same GPU, which NCCL refuses: a worker for each GPU, or --device cpu")
 
 
 def go_on(job: Training, claims: Sequence[Claim], root: int, known: KnownRun) -> None:

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from horoyolo.compression.build import AUTO
 from horoyolo.engine.build import Training
 from horoyolo.engine.hooks import EPOCH_COLUMNS, STEP_COLUMNS, EpochRecord, Hook, StepRecord
 from horoyolo.engine.ledger import WriteLedger
@@ -31,7 +32,7 @@ def build_hooks(job: Training) -> list[Hook]:
 def build_recording_hooks(job: Training) -> list[Hook]:
     """What rank 0 has besides."""
     # Of `auto` alone the entries differ, and so do their waits.
-    slow_network = WarnSlowNetwork(job.compressor.settled if job.config.comms.compression == "auto" else lambda: True)
+    slow_network = WarnSlowNetwork(job.compressor.settled if job.config.comms.compression == AUTO else lambda: True)
     return [TellRecipe(job), RecordFigures(job), ShowProgress(job), slow_network, DrawPlots(job), Diagnose(job)]
 
 

@@ -111,9 +111,10 @@ def slurm_hosts(env: Mapping[str, str]) -> list[Host]:
     slots = expand_counts(env[tasks], tasks)
     if tasks == "SLURM_NTASKS_PER_NODE" and len(slots) == 1:
         slots *= len(nodes)  # what the user asked for, one figure for all
-        num_tasks, placed = env.get("SLURM_NTASKS", ""), "SLURM_TASKS_PER_NODE"
-        if placed in env and num_tasks.isdigit() and int(num_tasks) < sum(slots):
-            slots = expand_counts(env[tasks := placed], placed)  # beside a number of tasks the figure is only the most that a node takes
+        num_tasks = env.get("SLURM_NTASKS", "")
+        if "SLURM_TASKS_PER_NODE" in env and num_tasks.isdigit() and int(num_tasks) < sum(slots):
+            tasks = "SLURM_TASKS_PER_NODE"  # beside a number of tasks the other figure is only the most that a node takes
+            slots = expand_counts(env[tasks], tasks)
     if len(slots) != len(nodes):
         raise InputError(f"{tasks}={env[tasks]!r} is for {len(slots)} nodes but {names}={env[names]!r} names {len(nodes)}")
     numbered = enumerate(zip(nodes, slots, strict=True), 1)

@@ -349,7 +349,7 @@ def _gpu_differences(cluster: Cluster) -> Iterator[Finding]:
 
 
 def _precision_differences(cluster: Cluster) -> Iterator[Finding]:
-    for host, value, common, others in _odd_ones({host: facts.get("load", {}).get("computes", "") for host, facts in cluster.facts.items()}):
+    for host, value, common, others in _odd_ones({host: facts.get("load", {}).get("computes_on", "") for host, facts in cluster.facts.items()}):
         message = f"without --precision and --device it computes on {value}, but {_listed(others)} on {common}: no job would start"
         yield Finding(WARNING, host, "precision", message, "name what all hosts have, such as --precision fp32")
 

@@ -51,7 +51,7 @@ except Exception as error:
     found["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
 try:
     from horoyolo.engine.device import numerics_for, pick_device
-    found["computes"] = numerics_for(pick_device("", 0), "auto").describe()
+    found["computes_on"] = numerics_for(pick_device("", 0), "auto").kind
 except Exception:
     pass  # what is missing is told by other checks
 print(json.dumps(found))

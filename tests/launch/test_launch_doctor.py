@@ -53,7 +53,7 @@ def healthy(number: int) -> dict[str, Any]:
         "own_addresses": [f"10.0.0.{number}"],
         "load": {
             **{"cuda": "13.0", "gpus": 2, "nccl": "2.29.3", "horovod": {"gloo": True, "mpi": True, "nccl": True}},
-            "computes": "cuda:0, bfloat16, channels_last",
+            "computes_on": "cuda in bfloat16",
         },
         "data": {
             "hash": "da7a" * 16,
@@ -103,7 +103,7 @@ FAULTS = [
     ("load/error", "ImportError: libmpi.so.40", ERROR, "horovod", "ImportError: libmpi.so.40", "on node2"),
     ("load/cuda", "12.8", ERROR, "cuda", "12.8, but 13.0 on node1, node3", "on node2"),
     ("load/nccl", "2.27.1", ERROR, "nccl", "2.27.1, but 2.29.3 on node1, node3", "NCCL 2.29.3"),
-    ("load/computes", "cpu, float32, channels_last", WARNING, "precision", "computes on cpu, float32, channels_last, but", "--precision fp32"),
+    ("load/computes_on", "cpu in float32", WARNING, "precision", "computes on cpu in float32, but", "--precision fp32"),
     ("source", "0ddba11" * 9, ERROR, "horoyolo", "0.1.0 source 0ddba110ddba", "checkout on node2"),
     ("source", "", ERROR, "horoyolo", "horoyolo is missing", "on node2"),
     ("data/error", "horoyolo: error: bccd.yaml is not there", ERROR, "data", "bccd.yaml is not there", "on node2, or let `launch --stage DIR`"),
