@@ -29,8 +29,9 @@ log = logging.getLogger("horoyolo")
 
 WORTH_TRYING = 1.5  # predicted tail against the shortest predicted one
 MOST_CHOICES = 6  # tried
-AS_QUICK = 1.05  # of entries within this of the quickest the most faithful is taken: medians of so few trials differ by as much by chance
-ROUNDS = 6  # trials of each choice; even, since updates of powersgd differ in turns
+BEHIND = 1.05  # a choice whose quickest trial is behind the leader's median by this is tried no more
+AS_QUICK = 1.03  # of entries within this of the quickest the most faithful is taken: medians of so few trials differ by as much by chance
+ROUNDS = 6  # trials of each choice, more where others fell behind; even, since updates of powersgd differ in turns
 KNOWN = 2  # of the updates before trials that count as trials of plain sums
 LOOK_EVERY = 50  # updates between two looks at a settled choice, at first
 LOOK_AT_LEAST_EVERY = 32 * LOOK_EVERY
@@ -88,7 +89,8 @@ class Switch(Lossy):
 
 
 class Trials:
-    """Tries choices in turn and drops those that fall behind. All figures must be the same on all workers.
+    """Tries choices in turn, ``rounds`` (an even number) times each, and drops those that fall behind: what these leave of their trials goes to
+    those that are hard to tell apart. All figures must be the same on all workers.
 
     Times that are ``known`` of some choices count as their first trials. They are from before the others': alone they show only who is far behind.
     """
@@ -97,12 +99,14 @@ class Trials:
         self._known = known or {}
         self.times_s: dict[Choice, list[float]] = {choice: list(self._known.get(choice, ())) for choice in choices}
         self.dropped_s: dict[Choice, list[float]] = {}  # trials of those that fell behind
-        self._rounds = rounds
+        self._most = rounds * len(choices)
 
     def next(self) -> Choice | None:
         """Whose turn it is; None: all trials are done."""
         choice = min(self.times_s, key=lambda choice: len(self.times_s[choice]))
-        return choice if len(self.times_s[choice]) < self._rounds else None
+        taken = {len(times) for times in self.times_s.values()}
+        left = self._most - sum(len(times) for tried in (self.times_s, self.dropped_s) for times in tried.values())
+        return None if len(taken) == 1 and taken.pop() % 2 == 0 and left < 2 * len(self.times_s) else choice
 
     def record(self, choice: Choice, tail_s: float) -> None:
         """Notes one trial; at the end of a round, from the second on, drops choices whose quickest trial is behind the leader's median."""
@@ -114,7 +118,7 @@ class Trials:
             self.dropped_s |= {choice: self.times_s.pop(choice) for choice in behind}
 
     def _margin(self, choice: Choice) -> float:
-        return WORTH_TRYING if self.times_s[choice] == self._known.get(choice) else AS_QUICK
+        return WORTH_TRYING if self.times_s[choice] == self._known.get(choice) else BEHIND
 
     def best(self) -> Choice:
         """Of the entries that are about as quick as the quickest, by medians, the first, where it is quickest: when to leave changes no bit."""

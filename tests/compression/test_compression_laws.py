@@ -159,7 +159,7 @@ BAD = {5: float("nan"), 9: float("inf"), 20: -float("inf")}  # by update, from o
 @pytest.fixture
 def every_entry_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` finds all entries worth trying, and equal."""
-    for name in ("WORTH_TRYING", "AS_QUICK", "MOST_CHOICES"):
+    for name in ("WORTH_TRYING", "BEHIND", "AS_QUICK", "MOST_CHOICES"):
         monkeypatch.setattr(policy, name, 10**9)
 
 

@@ -282,7 +282,7 @@ def test_a_fixed_entry_chooses_when_its_buckets_leave(known_costs):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=8), st.integers(1, 6))
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=8), st.sampled_from([2, 4, 6]))
 def test_trials_end_and_find_the_quickest(tails_s, rounds):
     choices = {Choice(str(index), False): tail_s for index, tail_s in enumerate(tails_s)}
     trials = Trials(list(choices), rounds)
@@ -291,7 +291,16 @@ def test_trials_end_and_find_the_quickest(tails_s, rounds):
         trials.record(choice, choices[choice])
         taken += 1
     assert taken <= rounds * len(tails_s)
+    assert {len(times) for times in trials.times_s.values()} <= set(range(rounds, taken + 1, 2))
     assert choices[trials.best()] <= policy.AS_QUICK * min(tails_s)
+
+
+def test_trials_of_those_that_fell_behind_go_to_those_that_are_close():
+    tails_s = {Choice("none", False): 2.0, Choice("int8", False): 1.5, Choice("topk", False): 1.02, Choice("powersgd", False): 1.0}
+    trials = Trials(list(tails_s), 6)
+    while (choice := trials.next()) is not None:
+        trials.record(choice, tails_s[choice])
+    assert {choice.entry: len(times) for choice, times in trials.times_s.items()} == {"topk": 10, "powersgd": 10}
 
 
 def test_the_most_faithful_of_equals_is_taken():
