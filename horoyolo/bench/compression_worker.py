@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -78,10 +79,13 @@ def main() -> None:
 
 
 def measure(rows: list[Row], stepper: Stepper, comm: Comm, repeats: int, steps: int, nic: str) -> dict[str, dict[str, list[float]]]:
-    """Row -> figure -> its value in each repeat: medians of a step, means of its parts, all in turn within each repeat."""
+    """Row -> figure -> its value in each repeat: medians of a step, means of its parts, all in turn within each repeat.
+
+    Each time in another order, the same on all workers: what a row leaves behind in caches and in the network would fall on the same one always.
+    """
     figures: dict[str, dict[str, list[float]]] = {row.name: defaultdict(list) for row in rows}
-    for _ in range(repeats):
-        for row in rows:
+    for repeat in range(repeats):
+        for row in random.Random(repeat).sample(rows, len(rows)):
             exchange = _exchange(row.compressor, row.costs, row.comms, stepper, comm)
             stepper.exchange = exchange
             stepper.seconds(row.warmup_steps())
