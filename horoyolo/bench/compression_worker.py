@@ -44,9 +44,12 @@ class Row:
         """A compressor in its steady state: without its warm-up."""
         return build_compressor(replace(self.comms, warmup_updates=0), self.overlaps)
 
-    def warmup_steps(self) -> int:
-        """Steps before the clock runs: the first ones, or a single one to come back to the caches."""
-        steps = 1 if not self.is_new else AUTO_STEPS if self.comms.compression == AUTO else WARMUP_STEPS
+    def warmup_steps(self, measured: int) -> int:
+        """Steps before the clock runs on ``measured`` ones: the first ones, or one or two to come back to the caches.
+
+        So a turn has an odd number of them: what alternates from one update to the next, as powersgd does, begins each turn with the other kind.
+        """
+        steps = 1 + measured % 2 if not self.is_new else AUTO_STEPS if self.comms.compression == AUTO else WARMUP_STEPS
         self.is_new = False
         return steps
 
@@ -88,7 +91,7 @@ def measure(rows: list[Row], stepper: Stepper, comm: Comm, repeats: int, steps: 
         for row in random.Random(repeat).sample(rows, len(rows)):
             exchange = _exchange(row.compressor, row.costs, row.comms, stepper, comm)
             stepper.exchange = exchange
-            stepper.seconds(row.warmup_steps())
+            stepper.seconds(row.warmup_steps(steps))
             row.costs.clear()
             measured = {**stepper.measure(steps, comm.barrier, nic), **row.costs.per_update()}
             exchange.close()
