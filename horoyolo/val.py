@@ -54,7 +54,7 @@ def validate(
 
 
 def table(metrics: dict[str, Any]) -> list[str]:
-    """The metrics as lines: all classes, then each."""
+    """The metrics as lines: all classes, each of them, then the sizes of boxes that there are."""
     head = f"{'class':>20}{'images':>10}{'instances':>12}{'precision':>12}{'recall':>10}{'mAP50':>10}{'mAP50-95':>10}"
     rows = {"all": metrics, **metrics["per_class"]}
     return [
@@ -65,3 +65,5 @@ def table(metrics: dict[str, Any]) -> list[str]:
             for name, row in rows.items()
         ),
     ]
+    sizes = {size: row for size, row in metrics["by_size"].items() if row["instances"]}
+        *(f"{f'{size} boxes':>20}{'':>10}{row['instances']:>12}{'':>32}{row['map50_95']:>10.3f}" for size, row in sizes.items()),

@@ -24,6 +24,7 @@ CONFIDENCE = 0.001
 NMS_IOU = 0.6
 MAX_DETECTIONS = 100
 IOU_50 = 0  # index of IoU 0.5 among COCO's ten thresholds
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # COCO's areas in square pixels of the original, ends included
 
 Metrics = dict[str, Any]
 
@@ -102,18 +103,24 @@ def to_original(boxes_xyxy: Tensor, gain: Tensor, pad: Tensor, original_hw: Tens
 def score(split: Split, detections: np.ndarray) -> Metrics:
     """AP, and precision and recall at the confidence where the mean F1 is best, of ``detections`` (n, 7): image, x, y, w, h, confidence, class.
 
-    Classes without a box in the split are left out of the means, as in pycocotools.
+    Classes without a box in the split are left out of the means, as in pycocotools; so are, of the AP of a size, those without a box of that size,
+    and it is None where there is none of any.
     """
     truth = _ground_truth(split)
     class_ids = sorted(split.names)
     instances = np.bincount(truth["class"], minlength=len(class_ids))
     present = [i for i in class_ids if instances[i]]
+    areas = truth["box"][:, 2:].prod(1)
+    of_size = {size: int(((least <= areas) & (areas <= most)).sum()) for size, (least, most) in SIZES.items()}
+    ap_of_size = {size: 0.0 if count else None for size, count in of_size.items()}
     precision, recall, ap50, ap = (np.zeros(len(class_ids)) for _ in range(4))
     if len(detections) and present:
-        precisions, confidences = _coco_curves(split, truth, detections)
+        (precisions, *others), confidences = _coco_curves(split, truth, detections)
         ap[present] = precisions[:, :, present].mean((0, 1))
         ap50[present] = precisions[IOU_50][:, present].mean(0)
         precision[present], recall[present] = at_best_f1(precisions[IOU_50][:, present], confidences[IOU_50][:, present])
+        known = {size: of_this[of_this > -1] for size, of_this in zip(SIZES, others, strict=True)}
+        ap_of_size |= {size: float(values.mean()) for size, values in known.items() if len(values)}
     per_class = {
         split.names[i]: {
             "map50": float(ap50[i]),
@@ -135,6 +142,7 @@ def score(split: Split, detections: np.ndarray) -> Metrics:
         "precision": mean(precision),
         "recall": mean(recall),
         "per_class": per_class,
+        "by_size": {size: {"map50_95": ap_of_size[size], "instances": count} for size, count in of_size.items()},
         "images": len(split),
         "instances": int(instances.sum()),
     }
@@ -167,7 +175,8 @@ def _ground_truth(split: Split) -> dict[str, np.ndarray]:
 
 
 def _coco_curves(split: Split, truth: dict[str, np.ndarray], detections: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and the confidence that reaches it, each (IoU threshold, recall, class): all sizes of boxes, up to 100 detections an image."""
+    """Precision (1 + sizes, IoU threshold, recall, class) of all boxes, then of each of ``SIZES``, -1 where there is none, and the confidence that
+    reaches that of all; up to 100 detections an image."""
     dataset = COCO()
     dataset.dataset = {
         "info": {},
@@ -187,7 +196,7 @@ def _coco_curves(split: Split, truth: dict[str, np.ndarray], detections: np.ndar
     )
     evaluation = COCOeval_faster(dataset, found, "bbox")
     evaluation.params.maxDets = [MAX_DETECTIONS]
-    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10], *map(list, SIZES.values())], ["all", *SIZES]
     evaluation.evaluate()
     evaluation.accumulate()
-    return evaluation.eval["precision"][:, :, :, 0, 0], evaluation.eval["scores"][:, :, :, 0, 0]
+    return np.moveaxis(evaluation.eval["precision"][..., 0], -1, 0), evaluation.eval["scores"][:, :, :, 0, 0]

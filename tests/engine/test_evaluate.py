@@ -26,7 +26,8 @@ WORKER = Path(__file__).parent / "score_worker.py"
 scene = runpy.run_path(str(WORKER))["scene"]
 
 
-def by_pycocotools(split: Any, detections: np.ndarray) -> tuple[float, float]:
+def by_pycocotools(split: Any, detections: np.ndarray) -> np.ndarray:
+    """AP, AP50, AP75, AP of small, medium and large boxes, ...; -1 where there is no box."""
     annotations = []
     for image, (rows, (height, width)) in enumerate(zip(split.labels, split.shapes_hw, strict=True)):
         for label, x, y, w, h in rows.astype(np.float64):
@@ -46,18 +47,21 @@ def by_pycocotools(split: Any, detections: np.ndarray) -> tuple[float, float]:
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    return evaluation.stats[1], evaluation.stats[0]
+    return evaluation.stats
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_ap_is_that_of_pycocotools(seed: int) -> None:
     split, detections = scene(seed)
     metrics = score(split, detections)
-    map50, map50_95 = by_pycocotools(split, detections)
+    map50_95, map50, _, *of_size = by_pycocotools(split, detections)[:6]
     assert 0.1 < map50 < 1
     assert metrics["map50"] == pytest.approx(map50, abs=1e-6)
     assert metrics["map50_95"] == pytest.approx(map50_95, abs=1e-6)
-    assert metrics["instances"] == sum(map(len, split.labels))
+    assert metrics["instances"] == sum(map(len, split.labels)) == sum(size["instances"] for size in metrics["by_size"].values())
+    assert sum(ap > 0 for ap in of_size) > 1
+    for (size, found), ap in zip(metrics["by_size"].items(), of_size, strict=True):
+        assert found["map50_95"] == (None if ap < 0 else pytest.approx(ap, abs=1e-6)), size
 
 
 def test_perfect_detections_score_one_and_none_score_zero() -> None:
