@@ -89,9 +89,8 @@ class _Parser(argparse.ArgumentParser):
 
 # Flags of YOLOv5 and of later versions that a user may bring along.
 NOT_YET = (
-    *("--nosave", "--noval", "--noplots", "--evolve", "--evolve_population", "--resume_evolve", "--bucket"),
-    *("--single-cls", "--quad", "--save-period", "--entity", "--upload_dataset", "--bbox_interval", "--artifact_alias"),
-    *("--ndjson-console", "--ndjson-file", "--local_rank", "--pipeline-stages"),
+    *("--nosave", "--evolve", "--evolve_population", "--resume_evolve", "--bucket", "--quad", "--entity", "--upload_dataset", "--bbox_interval"),
+    *("--artifact_alias", "--ndjson-console", "--ndjson-file", "--local_rank", "--pipeline-stages"),
 )
 
 
@@ -157,6 +156,7 @@ def _train(parsed: argparse.Namespace) -> int:
 def _describe_val(parser: _Parser) -> None:
     parser.add_argument("--weights", required=True, metavar="PT")
     parser.add_argument("--data", required=True, metavar="YAML")
+    parser.add_argument("--single-cls", action="store_true", help="all objects of the data set are of one class, as train --single-cls has them")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
     parser.add_argument("--img", "--imgsz", "--img-size", type=positive, default=None, help="side in pixels; as trained where the file says it")
     parser.add_argument("--batch", "--batch-size", type=positive, default=32)
@@ -175,6 +175,7 @@ def _val(parsed: argparse.Namespace) -> int:
         weights=parsed.weights,
         data=parsed.data,
         split=parsed.split,
+        single_cls=parsed.single_cls,
         img=parsed.img,
         batch=parsed.batch,
         device=parsed.device,

@@ -69,6 +69,7 @@ class Hyper:
 class Input:
     """How images are chosen, kept and changed on their way to the network, beside the hyper-parameters."""
 
+    single_cls: bool = False  # all objects are of one class
     sampling: str = "uniform"  # each image once an epoch; classes: rare classes more often; images: rare and badly found ones more often
     rect: bool = False  # batches of images of like aspect, as rectangles; mosaic and mixup are off
     multi_scale: bool = False  # each global batch at a size from half to one and a half of img
@@ -134,7 +135,9 @@ class Config:
     seed: int = 0
     precision: str = "auto"  # fp32, bf16, fp16; auto: bf16 where the device gains, else fp32
     resume: str = ""  # auto, a run folder or a checkpoint
-    evaluate_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
+    evaluate_every: int = 1  # epochs between evaluations; the last epoch is always evaluated, 0: it alone
+    save_period: int = -1  # epochs between weights that stay as epochN.pt; below 1: last and best alone
+    plots: bool = True  # pictures of the first batches and of the curves
     keep_checkpoints: int = 2  # the newest; that of the best epoch stays besides
     checkpoint_minutes: float = 10.0  # between checkpoints within an epoch; 0: at its end alone
     max_bad_share: float = 0.1  # of the images: a run does not start, or ends, where more can't be read or have corrupt labels
@@ -283,7 +286,8 @@ _AT_LEAST: dict[str, float] = {
     "epochs": 1,
     "workers": -1,
     "seed": 0,
-    "evaluate_every": 1,
+    "evaluate_every": 0,
+    "save_period": -1,
     "keep_checkpoints": 1,
     "checkpoint_minutes": 0,
     "input.close_mosaic": 0,

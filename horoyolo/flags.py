@@ -45,6 +45,7 @@ TRAIN_FLAGS = (
     Flag(("--optimizer",), "optim.optimizer", "sgd, adam or adamw"),
     Flag(("--cos-lr",), "optim.cos_lr", "cosine instead of linear decay", switch=True),
     Flag(("--label-smoothing",), "hyp.label_smoothing", "0 to 1"),
+    Flag(("--single-cls",), "input.single_cls", "all objects are of one class, item", switch=True),
     Flag(("--sampling",), "input.sampling", "uniform, or draw rare classes (classes) or rare and badly found ones (images) more often"),
     Flag(("--image-weights",), "input.sampling", "the same as --sampling images", switch=True, means="images"),
     Flag(("--rect",), "input.rect", "rectangular batches of images of like aspect, without mosaic", switch=True),
@@ -54,6 +55,9 @@ TRAIN_FLAGS = (
     Flag(("--albumentations",), "input.albumentations", "a pipeline as albumentations.save writes it, yaml"),
     Flag(("--freeze",), "recipe.freeze", "layers that stay as they are: 10 (the first ten) or 0 1 5 (these)", several=True),
     Flag(("--patience",), "recipe.patience", "epochs without a better score before training ends; 0: never"),
+    Flag(("--noval",), "evaluate_every", "evaluate the last epoch alone", switch=True, means=0),
+    Flag(("--save-period",), "save_period", "epochs between weights that stay, weights/epochN.pt; below 1: last and best alone"),
+    Flag(("--noplots",), "plots", "no pictures", switch=True, means=False),
     Flag(("--noautoanchor",), "recipe.autoanchor", "take the model's anchors even where they fit the boxes badly", switch=True, means=False),
 )
 

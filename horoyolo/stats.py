@@ -91,18 +91,18 @@ def show_stats(config: Config, augmented: bool, out: Path | None, json_file: Pat
 
     Pictures go to the folder ``out``. Raises InputError as training does.
     """
-    spec = load_data_spec(config.data)
+    spec = load_data_spec(config.data, config.input.single_cls)
     splits = [scan_split(spec, name, strict=name != "test") for name in spec.splits_to_look_at()]
     splits = [split for split in splits if split.report.boxes]  # a test split may be without labels
     train = next((split for split in splits if split.name == "train"), None)
-    model = build_model_for(config, spec.num_classes, spec.names)
+    model = build_model_for(config, spec.classes)
     if train and isinstance(model.table["anchors"], int):  # its table says how many, the boxes which
         settle_anchors(model, train, config)
     anchors_wh = model.anchors_px.flatten(0, 1).double().cpu().numpy()
     found = []
 
     def look(what: str, labels: Sequence[np.ndarray], shapes_hw: np.ndarray) -> None:
-        found.append(describe(what, labels, shapes_hw, spec.names, anchors_wh, config.hyp.anchor_t))
+        found.append(describe(what, labels, shapes_hw, spec.classes, anchors_wh, config.hyp.anchor_t))
         print("\n".join(found[-1].lines()))
         if out is not None:
             wh = np.concatenate([np.zeros((0, 2)), *(rows[:, 3:5] * hw[::-1] for rows, hw in zip(labels, shapes_hw, strict=True))])
@@ -120,7 +120,7 @@ def show_stats(config: Config, augmented: bool, out: Path | None, json_file: Pat
         look("train, augmented", [sample.targets.numpy() for sample in samples], np.array([sample.image.shape[1:] for sample in samples]))
         if out is not None:
             first = collate_train(samples[: len(batches[0])], config.img)
-            plot_batch(torch.as_tensor(first.images), first.targets, spec.names, out / "samples.png")
+            plot_batch(torch.as_tensor(first.images), first.targets, spec.classes, out / "samples.png")
     if json_file is not None:
         write_json(json_file, [asdict(figures) for figures in found])
     return found

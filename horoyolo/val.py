@@ -22,16 +22,26 @@ DEFAULT_IMG = 640
 
 
 def validate(
-    weights: str, data: str, split: str, img: int | None, batch: int, device: str, precision: str, num_workers: int, json_files: Sequence[Path]
+    weights: str,
+    data: str,
+    split: str,
+    single_cls: bool,
+    img: int | None,
+    batch: int,
+    device: str,
+    precision: str,
+    num_workers: int,
+    json_files: Sequence[Path],
 ) -> dict[str, Any]:
     """Scores ``weights`` on a split of ``data``, prints a table, writes the metrics to ``json_files`` and gives them.
 
     ``img`` None: the size the weights were trained at, where their file says it, else 640. Raises InputError for what can't be used.
     """
     model, meta = model_from_weights(weights)
-    spec = load_data_spec(data)
-    if model.num_classes != spec.num_classes:
-        raise InputError(f"{weights} knows {model.num_classes} classes, {data} has {spec.num_classes}: weights trained for these classes are wanted")
+    spec = load_data_spec(data, single_cls)
+    if model.num_classes != len(spec.classes):
+        has = f"{data} has {len(spec.classes)}{' with --single-cls' * single_cls}"
+        raise InputError(f"{weights} knows {model.num_classes} classes, {has}: weights trained for these classes are wanted")
     comm = open_comm()
     start_logs(comm.rank(), comm.size())
     numerics = numerics_for(pick_device(device, comm.local_rank()), precision)
@@ -57,6 +67,7 @@ def table(metrics: dict[str, Any]) -> list[str]:
     """The metrics as lines: all classes, each of them, then the sizes of boxes that there are."""
     head = f"{'class':>20}{'images':>10}{'instances':>12}{'precision':>12}{'recall':>10}{'mAP50':>10}{'mAP50-95':>10}"
     rows = {"all": metrics, **metrics["per_class"]}
+    sizes = {size: row for size, row in metrics["by_size"].items() if row["instances"]}
     return [
         head,
         *(
@@ -64,6 +75,5 @@ def table(metrics: dict[str, Any]) -> list[str]:
             f"{row['map50']:>10.3f}{row['map50_95']:>10.3f}"
             for name, row in rows.items()
         ),
-    ]
-    sizes = {size: row for size, row in metrics["by_size"].items() if row["instances"]}
         *(f"{f'{size} boxes':>20}{'':>10}{row['instances']:>12}{'':>32}{row['map50_95']:>10.3f}" for size, row in sizes.items()),
+    ]

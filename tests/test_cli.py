@@ -63,7 +63,7 @@ def train(dataset: Path, *words: object) -> list[object]:
         (["--device", "7"], "GPU"),
         (["--device", "tpu"], "cpu, cuda"),
         (["--elastic"], "horoyolo launch --min-np"),
-        (["--single-cls"], "not supported yet"),
+        (["--quad"], "not supported yet"),
         (["--resume", "absent"], "no run folder"),
         (["--resume"], "no run in"),
         (["--img", 100], "multiple of 32"),

@@ -18,6 +18,13 @@ def test_flags_of_the_recipe_mean_their_keys() -> None:
     assert (config.recipe.freeze, config.recipe.patience, config.recipe.autoanchor, config.hyp.scale) == ("0,1,2", 7, False, 0.9)
 
 
+def test_flags_of_yolov5_mean_their_keys() -> None:
+    words = ["--data", "d.yaml", "--cfg", "yolov5n", "--single-cls", "--noval", "--noplots", "--save-period", "10"]
+    config = train_config(build_parser().parse_args(["train", *words]))
+    assert (config.input.single_cls, config.evaluate_every, config.plots, config.save_period) == (True, 0, False, 10)
+    assert train_config(build_parser().parse_args(["train", *words[:4], "--save-period", "-1"])) == Config(data="d.yaml", cfg="yolov5n")
+
+
 def test_a_found_batch_is_that_of_the_run_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs/train/exp"

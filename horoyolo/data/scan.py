@@ -140,8 +140,11 @@ def scan_split(spec: DataSpec, split: str, strict: bool = True, beat: Beat = not
         if not report.boxes:
             first = report.corrupt[0] if report.corrupt else f"the first were looked for in {sources[kept[0]]}"
             raise InputError(f"no labels at all for `{split}` of {spec.file}: {first}")
+    if spec.single_cls:
+        for rows in labels:
+            rows[:, 0] = 0
     relative = [names[i] for i in kept]
-    return Split(split, spec.root, [files[i] for i in kept], shapes_hw, labels, spec.names, report, relative, outlines)
+    return Split(split, spec.root, [files[i] for i in kept], shapes_hw, labels, spec.classes, report, relative, outlines)
 
 
 def shorten(names: list[str]) -> str:

@@ -23,10 +23,16 @@ class DataSpec:
     file: Path
     root: Path  # the data set's folder; names of images in reports and hashes are relative to it
     splits: dict[str, list[Path]]  # folders, list files and COCO instances files
-    names: dict[int, str]
+    names: dict[int, str]  # as labels have them
     num_classes: int
     download: str = ""  # YOLOv5's key: quoted when images are missing, never run
     image_folders: dict[str, Path] = field(default_factory=dict)  # where a split's COCO images lie, where the yaml says it
+    single_cls: bool = False  # all objects are of one class
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """The classes that are told apart; with ``single_cls`` one, which has YOLOv5's name for it unless the data set has its own."""
+        return {0: "item"} if self.single_cls and self.num_classes > 1 else self.names
 
     def image_files(self, split: str) -> list[Path]:
         """All image files of a split, sorted. Raises InputError when the split isn't listed, a folder is missing or there are no images."""
@@ -96,8 +102,8 @@ class DataSpec:
         return "; its `download` key isn't run here: fetch the data set first" if self.download else ""
 
 
-def load_data_spec(path: str | Path) -> DataSpec:
-    """Read a YOLOv5 data.yaml as it is.
+def load_data_spec(path: str | Path, single_cls: bool = False) -> DataSpec:
+    """Read a YOLOv5 data.yaml as it is; ``single_cls``: all objects are taken as of one class.
 
     A relative `path` is looked for in the current folder, the yaml's folder and the folder above that, in this order; the first that holds
     one of the splits is taken. Raises InputError for a file that is missing or isn't yaml, for missing or unfit `names`, for an `nc` that
@@ -114,7 +120,7 @@ def load_data_spec(path: str | Path) -> DataSpec:
     folders = content.get("images") or {}
     given = folders if isinstance(folders, dict) else dict.fromkeys(splits, folders)
     image_folders = {split: _locate(root, str(folder)) for split, folder in given.items()}
-    return DataSpec(file, root, splits, names, len(names), str(content.get("download") or ""), image_folders)
+    return DataSpec(file, root, splits, names, len(names), str(content.get("download") or ""), image_folders, single_cls)
 
 
 def _names(file: Path, content: dict[str, Any], splits: dict[str, list[Path]]) -> dict[int, str]:

@@ -119,14 +119,18 @@ class Training:
         return evaluate(model, batches, self.val_split, self.numerics, self.comm, self.loss)
 
     def save_weights(self, model: YOLO, epoch: int, metrics: dict[str, Any] | None, is_best: bool) -> None:
-        """Writes last.pt, best.pt and metrics.json on rank 0. A full disk stops no training: the files before stay good."""
+        """Writes last.pt, best.pt, the epoch's own where it is to stay, and metrics.json on rank 0.
+
+        A full disk stops no training: the files before stay good.
+        """
         if self.comm.rank() != 0:
             return
         notes = {"epoch": epoch, "img": self.config.img, "metrics": metrics or {}}
-        names = ["last", "best"] if is_best else ["last"]
+        names, period = ["last", "best"] if is_best else ["last"], self.config.save_period
+        stays = [f"epoch{epoch + 1}"] if period > 0 and (epoch + 1) % period == 0 else []
         self.unwritten["weights"] = f"weights of epoch {epoch + 1}"
         try:
-            for name in names:
+            for name in names + stays:
                 save_weights(self.run.weights / f"{name}.pt", model, notes)
             if metrics is not None:
                 path = self.run.folder / "metrics.json"
@@ -207,8 +211,11 @@ def _as_kept_now(state: dict[str, Any]) -> dict[str, Any]:
     return members[0] if len(members) == 1 else state
 
 
-def build_model_for(config: Config, num_classes: int, names: dict[int, str]) -> YOLO:
-    """The model that ``--cfg`` and ``--weights`` ask for, on the CPU, initialised from the run's seed (InputError: unknown or unreadable)."""
+def build_model_for(config: Config, names: dict[int, str]) -> YOLO:
+    """The model of these classes that ``--cfg`` and ``--weights`` ask for, on the CPU, initialised from the run's seed.
+
+    Raises InputError for what is unknown or unreadable.
+    """
     weights = read_weights(config.weights) if config.weights else None
     table = load_layer_table(config.cfg) if config.cfg else model_from_weights(config.weights)[0].table
     if config.recipe.activation:
@@ -218,7 +225,7 @@ def build_model_for(config: Config, num_classes: int, names: dict[int, str]) -> 
     if isinstance(table["anchors"], int) and not config.recipe.autoanchor:
         raise InputError(f"{config.cfg} with --noautoanchor: it only says how many anchors a layer has, which are to be fitted to the data")
     torch.manual_seed(config.seed)
-    model = model_from_table(table, num_classes, names)
+    model = model_from_table(table, len(names), names)
     if weights is not None:
         # As in YOLOv5, anchors come from --cfg where it is given.
         report = load_matching(model, weights.tensors, skip_anchors=bool(config.cfg or config.hyp.anchors))

@@ -49,8 +49,8 @@ def start_training(config: Config, on_ready: Callable[[], None], elastic: bool =
     could not be written.
     """
     member = open_member(os.environ) if elastic else None
-    spec = load_data_spec(config.data)
-    model = build_model_for(config, spec.num_classes, spec.names)
+    spec = load_data_spec(config.data, config.input.single_cls)
+    model = build_model_for(config, spec.classes)
     cv2.setNumThreads(1)  # images are decoded beside the network's own threads
     if member is not None:
         return start_member(config, spec, model, member, on_ready)

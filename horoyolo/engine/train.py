@@ -279,7 +279,8 @@ def finish_epoch(job: Training, started_s: float) -> EpochRecord:
     lr = lowered(job.schedule.at(epoch, progress.step - 1), progress.returns).lr
     ema = averaged(job.ema.model, job)
     metrics, val_losses = None, None
-    if (epoch + 1) % job.config.evaluate_every == 0 or epoch + 1 == job.config.epochs:
+    every = job.config.evaluate_every
+    if epoch + 1 == job.config.epochs or (every and (epoch + 1) % every == 0):
         metrics, val_losses = job.evaluate(ema)
         metrics["epoch"] = epoch
         job.heed(metrics)

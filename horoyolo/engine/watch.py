@@ -33,7 +33,8 @@ def build_recording_hooks(job: Training) -> list[Hook]:
     """What rank 0 has besides."""
     # Of `auto` alone the entries differ, and so do their waits.
     slow_network = WarnSlowNetwork(job.compressor.settled if job.config.comms.compression == AUTO else lambda: True)
-    return [TellRecipe(job), RecordFigures(job), ShowProgress(job), slow_network, DrawPlots(job), Diagnose(job)]
+    plots = [DrawPlots(job)] if job.config.plots else []
+    return [TellRecipe(job), RecordFigures(job), ShowProgress(job), slow_network, *plots, Diagnose(job)]
 
 
 class TellRecipe(Hook):

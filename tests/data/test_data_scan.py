@@ -143,6 +143,29 @@ def test_class_beyond_the_names_says_file_and_line(tmp_path: Path, cached: bool)
         scan_split(load_data_spec(tmp_path / "data.yaml"), "train")
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_all_objects_may_be_of_one_class(tmp_path: Path, cached: bool) -> None:
+    write_set(tmp_path, {"a": f"{GOOD}1 0.1 0.1 0.1 0.1\n"})
+    file = tmp_path / "data.yaml"
+    if cached:
+        scan_split(load_data_spec(file), "train")
+    one = scan_split(load_data_spec(file, single_cls=True), "train")
+    assert (one.labels[0][:, 0].tolist(), one.names) == ([0, 0], {0: "item"})
+    several = scan_split(load_data_spec(file), "train")
+    assert (several.labels[0][:, 0].tolist(), several.names) == ([0, 1], {0: "x", 1: "y"})
+    assert np.array_equal(one.labels[0][:, 1:], several.labels[0][:, 1:])
+    assert one.content_hash != several.content_hash
+    write_set(tmp_path, {"a": f"{GOOD}2 0.1 0.1 0.1 0.1\n"})
+    with pytest.raises(InputError, match=r"class 2 is beyond .* which are 0 to 1"):
+        scan_split(load_data_spec(file, single_cls=True), "train")
+
+
+def test_a_single_class_keeps_its_name(tmp_path: Path) -> None:
+    write_set(tmp_path, {"a": GOOD})
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: [cell]\n")
+    assert scan_split(load_data_spec(tmp_path / "data.yaml", single_cls=True), "train").names == {0: "cell"}
+
+
 def test_without_being_strict_unknown_classes_are_listed_and_left_out(tmp_path: Path) -> None:
     spec = write_set(tmp_path, {"a": f"{GOOD}7 0.1 0.1 0.1 0.1\n2 0.1 0.1 0.1 0.1\n"})
     split = scan_split(spec, "train", strict=False)

@@ -93,7 +93,7 @@ class Collect(Hook):
 def outcome(config: Config, comm: Comm) -> dict[str, Any]:
     """Losses, weights and what else a run of ``config`` ends with."""
     spec = load_data_spec(config.data)
-    model = build_model_for(config, spec.num_classes, spec.names)
+    model = build_model_for(config, spec.classes)
     splits = scan_split(spec, "train"), scan_split(spec, "val")
     job = build_training(config, comm, numerics_for(torch.device("cpu"), "fp32"), model, *splits, num_local=comm.local_size())
     synchronise(job)

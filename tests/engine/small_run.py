@@ -20,7 +20,7 @@ def build_job(data: Path, project: Path, comm: Comm, **values: object) -> Traini
     config = override(config, {"evaluate_every": 9, "optim.nominal_batch": 0, **values}, "test")
     spec = load_data_spec(config.data)
     splits = [scan_split(spec, name) for name in ("train", "val")]
-    model = build_model_for(config, spec.num_classes, spec.names)
+    model = build_model_for(config, spec.classes)
     numerics = numerics_for(pick_device("cpu", 0), config.precision)
     job = build_training(config, comm, numerics, model, *splits, num_local=1)
     open_folder(job, begins=synchronise(job))

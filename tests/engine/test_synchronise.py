@@ -119,7 +119,7 @@ def build(config: Config, comm: Comm, precision: str = "fp32") -> Training:
     spec = load_data_spec(config.data)
     splits = scan_split(spec, "train"), scan_split(spec, "val")
     numerics = numerics_for(torch.device("cpu"), precision)
-    return build_training(config, comm, numerics, build_model_for(config, spec.num_classes, spec.names), *splits, num_local=1)
+    return build_training(config, comm, numerics, build_model_for(config, spec.classes), *splits, num_local=1)
 
 
 def together(tasks: list[Callable[[], Any]]) -> list[Any]:

@@ -137,6 +137,27 @@ def test_val_and_predict_take_the_weights(whole: Path, dataset: Path, tmp_path: 
     assert len(predictions) == len(list(source.iterdir()))
 
 
+def test_flags_of_yolov5_say_what_is_learned_scored_and_kept(dataset: Path, tmp_path: Path) -> None:
+    run(command(dataset, tmp_path, "run", 1, "--epochs", 4, "--single-cls", "--noval", "--noplots", "--save-period", 2))
+    folder = tmp_path / "run"
+    weights = {path.name for path in (folder / "weights").iterdir()}
+    assert weights == {"last.pt", "best.pt", "epoch2.pt", "epoch4.pt"}
+    with (folder / "results.csv").open(newline="") as stream:
+        assert [bool(row["map50"]) for row in csv.DictReader(stream)] == [False, False, False, True]
+    assert list((folder / "plots").iterdir()) == []
+    trained = json.loads((folder / "metrics.json").read_text())
+    assert set(trained) == {"last", "best"}
+    assert set(trained["last"]["per_class"]) == {"item"}
+    words = ["val", "--weights", str(folder / "weights" / "epoch4.pt"), "--data", str(dataset), "--precision", "fp32"]
+    run([sys.executable, "-m", "horoyolo", *words, "--single-cls", "--json", str(tmp_path / "val.json")])
+    scored = json.loads((tmp_path / "val.json").read_text())
+    assert scored["instances"] == trained["last"]["instances"] > 0
+    assert scored["map50"] == pytest.approx(trained["last"]["map50"], abs=1e-6)
+    told = run([sys.executable, "-m", "horoyolo", *words], status=2)
+    assert "knows 1 classes" in told
+    assert "has 3: weights trained for these classes are wanted" in told
+
+
 def stop_after(argv: list[str], folder: Path, num_steps: int) -> None:
     """Starts a run and stops it with SIGTERM when it has taken ``num_steps`` steps; it ends with 75."""
     process = subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True)
