@@ -41,7 +41,8 @@ def validate(
     spec = load_data_spec(data, single_cls)
     if model.num_classes != len(spec.classes):
         has = f"{data} has {len(spec.classes)}{' with --single-cls' * single_cls}"
-        raise InputError(f"{weights} knows {model.num_classes} classes, {has}: weights trained for these classes are wanted")
+        wanted = "weights trained for these classes are wanted" + (", or --single-cls" if model.num_classes == 1 else "")
+        raise InputError(f"{weights} knows {model.num_classes} classes, {has}: {wanted}")
     comm = open_comm()
     start_logs(comm.rank(), comm.size())
     numerics = numerics_for(pick_device(device, comm.local_rank()), precision)

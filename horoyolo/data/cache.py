@@ -17,7 +17,7 @@ import numpy as np
 
 from horoyolo.files import atomic_file
 
-FORMAT = "horoyolo label scan 3"  # change it with what a scan finds or how it is stored
+FORMAT = "horoyolo label scan 4"  # change it with what a scan finds or how it is stored
 LOOK_EVERY_S = 0.05
 
 Beat = Callable[[], object]  # called again and again by what may take long: a sign of life

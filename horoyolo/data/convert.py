@@ -39,8 +39,12 @@ def convert_voc(source: str | Path, out: str | Path, names: Sequence[str] | None
     images = {file.stem: file for file in sorted((source / "JPEGImages").glob("*")) if file.suffix.lower() in IMAGE_SUFFIXES}
     splits = {}
     for split, file in lists.items():
-        # A class's own list, as VOC has them too, adds 1 or -1 behind the name.
-        stems = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise InputError(f"{file} is not UTF-8; names of images in UTF-8, one a line, are wanted") from None
+        # A class's own list, as VOC has them too, adds 1 or -1 behind the name; a name may have spaces.
+        stems = [line if line in images else line.split()[0] for line in lines]
         missing = [stem for stem in stems if stem not in images]
         if missing:
             raise InputError(f"{file} lists {missing[0]}, but there is no such image in {source / 'JPEGImages'}")

@@ -11,6 +11,7 @@ import numpy as np
 import simplejpeg
 
 Image = np.ndarray  # (H, W, 3) uint8 RGB
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the whole last chunk
 
 
 class DecodeError(Exception):
@@ -104,7 +105,7 @@ def _is_jpeg(data: bytes) -> bool:
 
 
 def _decode_other(data: bytes) -> Image:
-    if data[:8] == b"\x89PNG\r\n\x1a\n" and b"IEND" not in data[-64:]:
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and PNG_END not in data:
         raise DecodeError("PNG file cut short: its end chunk is missing")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None

@@ -73,12 +73,19 @@ def _parse_line(line: str) -> tuple[float, ...] | LineProblem:
         return LineProblem("corrupt", 0, "not finite")
     if class_id < 0 or class_id != int(class_id):
         return LineProblem("corrupt", 0, f"class {class_id:g}; classes are 0, 1, 2, ...")
-    if min(coordinates) < -TOLERANCE or max(coordinates) > 1 + TOLERANCE:
+    # As in YOLOv5 points of a polygon may lie outside, as long as its box is one that a label may have.
+    box = coordinates if num_fields == 5 else _around(coordinates)
+    if min(box) < -TOLERANCE or max(box) > 1 + TOLERANCE:
         return LineProblem("out_of_range", 0, "coordinates must lie between 0 and 1")
     coordinates = [min(max(value, 0.0), 1.0) for value in coordinates]
     if num_fields > 5:
-        xs, ys = coordinates[0::2], coordinates[1::2]
-        coordinates = [(min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)]
+        coordinates = _around(coordinates)
     if coordinates[2] <= 0 or coordinates[3] <= 0:
         return LineProblem("zero_area", 0, "a box without area")
     return (class_id, *coordinates)
+
+
+def _around(points: list[float]) -> list[float]:
+    """The box_xywhn around points x1 y1 x2 y2 ..."""
+    xs, ys = points[0::2], points[1::2]
+    return [(min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)]

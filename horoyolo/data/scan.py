@@ -117,7 +117,7 @@ def scan_split(spec: DataSpec, split: str, strict: bool = True, beat: Beat = not
     folders = cache.folders(spec.root)
     sources = [annotated[file][1] if file in annotated else label_path(file) for file in files]
     # Label files hold numbers of classes, annotations what `names` turns into numbers.
-    classes = repr(sorted(spec.names.items())) if annotated else str(spec.num_classes)
+    classes = "any" if spec.single_cls else repr(sorted(spec.names.items())) if annotated else str(spec.num_classes)
     key = cache.content_key(names, files, sources, classes)
     found = _load(cache.load(folders, split, key))
     if found is None:
@@ -189,14 +189,14 @@ def _scan_image(spec: DataSpec, source: tuple[Path, CocoImage | None]) -> _Scann
         return _scan_annotated(spec, image, hw, annotated)
     file = label_path(image)
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
     except ABSENT:
         return _Scanned(hw, nothing, [("missing_labels", spec.relative(image))])
     except OSError as error:
         return _Scanned(hw, nothing, [("corrupt", f"{spec.relative(file)} ({error.strerror})")], is_lasting=False)
     labels, lines, problems = parse_labels(text)
     findings = [(problem.kind, f"{spec.relative(file)}:{problem.line} ({problem.reason})") for problem in problems]
-    known = labels[:, 0] < spec.num_classes
+    known = (labels[:, 0] < spec.num_classes) | spec.single_cls
     for label, line in zip(labels[~known], lines[~known], strict=True):
         findings.append(("unknown_class", f"{spec.relative(file)}:{line} (class {label[0]:g})"))
     if not text.strip():
@@ -214,7 +214,7 @@ def _scan_annotated(spec: DataSpec, image: Path, hw: tuple[int, int], annotated:
     labels: list[tuple[float, ...]] = []
     for category, *corners in annotated.objects:
         x1, y1, x2, y2 = (min(max(value, 0.0), side) / side for value, side in zip(corners, (hw[1], hw[0]) * 2, strict=True))
-        label = tuple(np.array((class_ids[category], (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), np.float32).tolist())
+        label = tuple(np.array((class_ids.get(category, 0), (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), np.float32).tolist())
         box = "x y x y = " + " ".join(f"{value:g}" for value in corners)
         if not all(math.isfinite(value) for value in corners):
             findings.append(("corrupt", f"{name} ({box})"))

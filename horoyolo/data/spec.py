@@ -27,7 +27,7 @@ class DataSpec:
     num_classes: int
     download: str = ""  # YOLOv5's key: quoted when images are missing, never run
     image_folders: dict[str, Path] = field(default_factory=dict)  # where a split's COCO images lie, where the yaml says it
-    single_cls: bool = False  # all objects are of one class
+    single_cls: bool = False  # all objects are of one class, whatever their labels say
 
     @property
     def classes(self) -> dict[int, str]:
@@ -64,7 +64,7 @@ class DataSpec:
             if source.suffix == JSON:
                 content = read_coco(source)
                 unknown = sorted(set(content.categories) - set(self.names.values()))
-                if unknown:
+                if unknown and not self.single_cls:
                     raise InputError(f"{source}: category {unknown[0]!r} is not among the `names` of {self.file}")
                 folder = self._image_folder(split, source, content)
                 for image in content.images:
@@ -171,7 +171,7 @@ def _images_in(source: Path, root: Path) -> Iterable[Path]:
     if source.is_dir():
         files: Iterable[Path] = _visible_files(source)
     else:
-        lines = (line.strip() for line in source.read_text(encoding="utf-8", errors="replace").splitlines())
+        lines = (line.strip() for line in source.read_text(encoding="utf-8-sig", errors="replace").splitlines())
         files = (_listed(line, source.parent, root) for line in lines if line)
     return (file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 

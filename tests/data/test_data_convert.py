@@ -84,6 +84,16 @@ def test_voc_boxes_are_normalised_clipped_and_dropped_without_area(tmp_path: Pat
     assert (tmp_path / "out" / "images" / "train" / "a.jpg").read_bytes() == JPEG
 
 
+def test_voc_names_may_have_spaces_and_lists_a_mark_of_the_byte_order(tmp_path: Path) -> None:
+    root = write_voc(tmp_path / "voc", {"train": {"my image": [("cell", 20, 10, 120, 60)], "b": [("cell", 20, 10, 120, 60)]}})
+    file = root / "ImageSets" / "Main" / "train.txt"
+    file.write_text("\ufeffmy image\nb  -1\n", encoding="utf-8")
+    assert convert_voc(root, tmp_path / "out").images == {"train": 2}
+    file.write_bytes("für\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"train\.txt is not UTF-8"):
+        convert_voc(root, tmp_path / "other")
+
+
 def test_names_given_set_the_order(tmp_path: Path) -> None:
     source = write_voc(tmp_path / "voc", {"train": {"a": [("b", 20, 10, 120, 60)]}})
     convert_voc(source, tmp_path / "out", names=["b", "a"])

@@ -43,6 +43,12 @@ def test_other_formats(suffix: str) -> None:
     assert image_hw(data) == (48, 64)
 
 
+def test_what_follows_a_picture_does_it_no_harm() -> None:
+    for data in (cv2.imencode(".png", picture()[..., ::-1])[1].tobytes(), simplejpeg.encode_jpeg(picture(), quality=95)):
+        assert np.array_equal(decode_image(data + bytes(100)), decode_image(data))
+        assert image_hw(data + bytes(100)) == (48, 64)
+
+
 @pytest.mark.parametrize(
     "stored",
     [picture()[..., 0], np.dstack([picture(), np.full((48, 64), 7, np.uint8)]), picture().astype(np.uint16) * 257],

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from horoyolo.config import InputError
 from horoyolo.data import cache, scan
-from horoyolo.data.labels import label_path, parse_labels
+from horoyolo.data.labels import label_path, parse_labels, parse_outlines
 from horoyolo.data.scan import Split, scan_split
 from horoyolo.data.spec import DataSpec, load_data_spec
 
@@ -78,6 +78,22 @@ def test_polygon_becomes_its_bounding_box() -> None:
     labels, _, problems = parse_labels("1 0.1 0.2 0.5 0.2 0.3 0.6\n")
     assert not problems
     assert np.allclose(labels, [[1, 0.3, 0.4, 0.4, 0.4]])
+
+
+def test_a_polygon_may_reach_beyond_the_border_as_long_as_its_box_is_one() -> None:
+    labels, lines, problems = parse_labels("1 -0.02 0.2 0.5 0.2 0.3 1.01\n")
+    assert not problems
+    assert np.allclose(labels, [[1, 0.25, 0.6, 0.5, 0.8]])
+    assert parse_outlines("1 -0.02 0.2 0.5 0.2 0.3 1.01\n", lines)[0].tolist() == np.array([[0, 0.2], [0.5, 0.2], [0.3, 1]], np.float32).tolist()
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_labels_and_lists(tmp_path: Path) -> None:
+    """As editors on Windows write it."""
+    write_set(tmp_path, {"a": f"\ufeff{GOOD}"})
+    (tmp_path / "list.txt").write_text("\ufeff./images/train/a.jpg\n", encoding="utf-8")
+    (tmp_path / "data.yaml").write_text("train: list.txt\nnames: [x]\n")
+    report = scan_split(load_data_spec(tmp_path / "data.yaml"), "train").report
+    assert (report.images, report.boxes, report.corrupt) == (1, 1, [])
 
 
 def test_rounding_beyond_the_border_is_clipped() -> None:
@@ -155,15 +171,16 @@ def test_all_objects_may_be_of_one_class(tmp_path: Path, cached: bool) -> None:
     assert (several.labels[0][:, 0].tolist(), several.names) == ([0, 1], {0: "x", 1: "y"})
     assert np.array_equal(one.labels[0][:, 1:], several.labels[0][:, 1:])
     assert one.content_hash != several.content_hash
+
+
+def test_a_single_class_keeps_its_name_and_takes_all_labels(tmp_path: Path) -> None:
     write_set(tmp_path, {"a": f"{GOOD}2 0.1 0.1 0.1 0.1\n"})
-    with pytest.raises(InputError, match=r"class 2 is beyond .* which are 0 to 1"):
-        scan_split(load_data_spec(file, single_cls=True), "train")
-
-
-def test_a_single_class_keeps_its_name(tmp_path: Path) -> None:
-    write_set(tmp_path, {"a": GOOD})
-    (tmp_path / "data.yaml").write_text("train: images/train\nnames: [cell]\n")
-    assert scan_split(load_data_spec(tmp_path / "data.yaml", single_cls=True), "train").names == {0: "cell"}
+    file = tmp_path / "data.yaml"
+    file.write_text("train: images/train\nnames: [cell]\n")
+    one = scan_split(load_data_spec(file, single_cls=True), "train")
+    assert (one.labels[0][:, 0].tolist(), one.names) == ([0, 0], {0: "cell"})
+    with pytest.raises(InputError, match=r"class 2 is beyond"):
+        scan_split(load_data_spec(file), "train")
 
 
 def test_without_being_strict_unknown_classes_are_listed_and_left_out(tmp_path: Path) -> None:
