@@ -29,6 +29,7 @@ ACTIVATION_NAMES = {"silu": "nn.SiLU()", "relu": "nn.ReLU()", "leakyrelu": "nn.L
 
 _WORDS: dict[str, Any] = {"None": None, "True": True, "False": False}
 _UNSCALED = (nn.Upsample, nn.MaxPool2d, nn.ZeroPad2d)  # blocks that keep the number of channels and take the table's arguments as they are
+_TAKE_WORDS = ("nn.Upsample", "Detect")  # "nearest"; nc and anchors
 
 
 class YOLO(nn.Module):
@@ -212,7 +213,8 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 def missing_parts(table: Mapping[str, Any]) -> str:
     """What a layer table lacks, as words for a line; empty when nothing."""
-    return ", ".join(key for key in ("anchors", "backbone", "head") if table.get(key) in (None, "", []))
+    parts = [key for key in ("backbone", "head") if not isinstance(table.get(key), list) or not table[key]]
+    return ", ".join((["anchors"] if table.get("anchors") in (None, "", []) else []) + parts)
 
 
 def _build_layers(table: dict[str, Any]) -> tuple[list[nn.Module], list[list[int]]]:
@@ -232,6 +234,9 @@ def _build_layers(table: dict[str, Any]) -> tuple[list[nn.Module], list[list[int
             inputs = [index + number if number < 0 else number for number in (origin if isinstance(origin, list) else [origin])]
             repeats = max(round(repeats * table.get("depth_multiple", 1.0)), 1) if repeats > 1 else 1
             args = [_WORDS.get(arg, arg) if isinstance(arg, str) else arg for arg in args]
+            word = next((arg for arg in args if isinstance(arg, str)), None)
+            if word is not None and name not in _TAKE_WORDS:
+                raise ValueError(f"it takes no {word!r}; `activation:` in the table is for all layers")
             layer, channels[index] = _build_layer(BLOCKS[name], [channels[i] for i in inputs], repeats, args, table, num_anchors)
         except KeyError as error:
             raise InputError(f"{where}: from {origin!r} does not name an earlier layer") from error
@@ -271,7 +276,8 @@ def _anchors_per_layer(anchors: Any) -> int:
     if type(anchors) is int and anchors > 0:
         return anchors
     rows = anchors if isinstance(anchors, list) else []
-    if not rows or any(not isinstance(row, list) or not row or len(row) % 2 or len(row) != len(rows[0]) for row in rows):
+    fits = all(isinstance(row, list) and row and len(row) % 2 == 0 and len(row) == len(rows[0]) for row in rows)
+    if not rows or not fits or any(type(side) not in (int, float) for row in rows for side in row):
         raise InputError(
             f"model table: anchors are {anchors!r}, needed are lists of width, height, width, height ... in pixels, one a layer, "
             "or the number of anchors that each layer is to have"

@@ -214,6 +214,8 @@ def test_num_classes_replaces_the_tables_own() -> None:
         (edited(anchors=0), "anchors are 0"),
         (edited(anchors=True), "anchors are True"),
         (edited(anchors=[[1, 2, 3]]), "anchors"),
+        (edited(anchors=[["a", 13], [30, 61]]), "anchors are [['a', 13], [30, 61]]"),
+        (edited(backbone=[[-1, 1, "Conv", [8, 3, 1, None, 1, 1, "nn.ReLU()"]]]), "it takes no 'nn.ReLU()'; `activation:`"),
         (edited(anchors=[[10, 13]]), "1 rows of anchors for the 2 layers"),
         (edited(backbone=[[-1, 1, "Cnov", [8]]]), "unknown block 'Cnov', known are Conv"),
         (edited(backbone=[[-1, 1, ["Conv"], [8]]]), "unknown block"),
