@@ -44,10 +44,15 @@ class Course:
 
 
 def diagnose_run(folder: Path) -> list[str]:
-    """The diagnosis of a run folder's results.csv (InputError: there is none)."""
+    """The diagnosis of a run folder's results.csv; a row that was cut short is left out (InputError: there is none that horoyolo wrote)."""
     try:
-        with (folder / "results.csv").open(newline="") as stream:
-            return diagnose(list(csv.DictReader(stream)))
+        with (folder / "results.csv").open(newline="", errors="replace") as stream:
+            reader = csv.DictReader(stream)
+            if "train_obj_loss" not in (reader.fieldnames or []):
+                raise KeyError("train_obj_loss")
+            return diagnose([row for row in reader if None not in row.values()])
+    except ValueError as error:
+        raise InputError(f"{folder / 'results.csv'}: {error}; one that horoyolo wrote is wanted") from None
     except OSError as error:
         raise InputError(f"{folder}: no results.csv of a run there ({error.strerror})") from None
     except KeyError as error:

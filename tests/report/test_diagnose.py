@@ -89,6 +89,14 @@ def test_a_run_folder(tmp_path: Path) -> None:
         writer.writeheader()
         writer.writerows(table)
     assert diagnose_run(tmp_path) == diagnose(table)
+    whole = (tmp_path / "results.csv").read_bytes()
+    cut = whole.rstrip().rpartition(b",")[0]  # a disk that was full, or a host without power
+    (tmp_path / "results.csv").write_bytes(cut)
+    assert diagnose_run(tmp_path) == diagnose(table[:-1])
+    for content in (b"", b"\0\xff\xfe" * 9):
+        (tmp_path / "results.csv").write_bytes(content)
+        with pytest.raises(InputError, match="one that horoyolo wrote is wanted"):
+            diagnose_run(tmp_path)
 
 
 def test_report_alone_is_the_diagnosis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
