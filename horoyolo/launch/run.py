@@ -169,7 +169,7 @@ class _Agents:
             return
         *lines, self._unread[host] = (self._unread[host] + words).split(b"\n")
         for line in lines:
-            word, _, number = line.decode().partition(" ")
+            word, _, number = line.decode(errors="replace").partition(" ")  # what a log-in shell prints comes along
             if word == agent.READY:
                 self.num_ready[host] += 1
             self.num_workers += word == agent.WORKER

@@ -110,8 +110,11 @@ def describe_slurm(parser: argparse.ArgumentParser) -> None:
 
 
 def slurm_options(parsed: argparse.Namespace) -> SlurmOptions:
-    """What the flags of ``describe_slurm`` say. Raises InputError as SlurmOptions does."""
-    return SlurmOptions(**{field.name: getattr(parsed, field.name) for field in fields(SlurmOptions) if hasattr(parsed, field.name)})
+    """What the flags of ``describe_slurm`` say. Raises InputError as SlurmOptions does, and where they were given without --slurm."""
+    given = {field.name: getattr(parsed, field.name) for field in fields(SlurmOptions) if hasattr(parsed, field.name)}
+    if given and not parsed.slurm:
+        raise InputError(f"--{next(iter(given)).replace('_', '-')}: it belongs to --slurm; give that with it, or leave it out")
+    return SlurmOptions(**given)
 
 
 def render_batch(

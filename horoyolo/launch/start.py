@@ -68,8 +68,13 @@ def chosen_hosts(parsed: argparse.Namespace, env: Mapping[str, str]) -> list[Hos
 
 
 def chosen_ssh(parsed: argparse.Namespace) -> Ssh:
-    """How the flags say to log in to hosts."""
-    return Ssh(parsed.ssh_port, parsed.ssh_identity)
+    """How the flags say to log in to hosts (InputError: by a key that is not there, or no port)."""
+    identity = str(Path(parsed.ssh_identity).expanduser().absolute()) if parsed.ssh_identity else ""  # horovodrun starts in another folder
+    if identity and not Path(identity).is_file():
+        raise InputError(f"--ssh-identity {parsed.ssh_identity}: no such file; a private key is wanted")
+    if parsed.ssh_port is not None and not 0 < parsed.ssh_port < 2**16:
+        raise InputError(f"--ssh-port {parsed.ssh_port}: a number up to 65535 is wanted")
+    return Ssh(parsed.ssh_port, identity)
 
 
 def stage_data(layout: DataLayout, parsed: argparse.Namespace, hosts: Sequence[Host]) -> str:

@@ -105,10 +105,14 @@ def test_options_that_slurm_would_not_take(given, message):
 def test_flags_become_options():
     parser = argparse.ArgumentParser()
     describe_slurm(parser)
+    parser.add_argument("--slurm", action="store_true")
     assert slurm_options(parser.parse_args([])) == SlurmOptions()
+    with pytest.raises(InputError, match="--gpus-per-node: it belongs to --slurm"):
+        slurm_options(parser.parse_args(["--gpus-per-node", "8"]))
     words = ["--nodes", "2", "--gpus-per-node", "8", "--cpus-per-task", "8", "--time", "12:00:00", "--partition", "gpu", "--account", "vision"]
-    assert slurm_options(parser.parse_args(words)) == FULL
-    assert {name.replace("_", "-") for name in vars(SlurmOptions())} == {flag[2:] for flag in parser._option_string_actions} - {"h", "help", ""}
+    assert slurm_options(parser.parse_args(["--slurm", *words])) == FULL
+    others = {"h", "help", "", "slurm"}
+    assert {name.replace("_", "-") for name in vars(SlurmOptions())} == {flag[2:] for flag in parser._option_string_actions} - others
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,17 @@ def test_the_interface_of_the_user_is_nccls_too(launcher):
     assert "NCCL_SOCKET_IFNAME" not in build_job(parsed("--launcher", launcher), ["train"], TWO, {}).env
 
 
+def test_a_key_is_there_and_found_from_any_folder(tmp_path, monkeypatch):
+    """horovodrun is started in another one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "key").touch()
+    assert build_job(parsed("--ssh-identity", "key"), ["train"], TWO, {}).ssh.identity == str(tmp_path / "key")
+    assert build_job(parsed(), ["train"], TWO, {}).ssh.identity == ""
+    for words, why in ((["--ssh-identity", "absent"], "absent: no such file"), (["--ssh-port", "99999"], "--ssh-port 99999: a number up to 65535")):
+        with pytest.raises(InputError, match=why):
+            build_job(parsed(*words), ["train"], TWO, {})
+
+
 @pytest.mark.parametrize(("place", "why"), [("", "Is a directory"), ("nowhere/run.sh", "there is no folder"), ("/proc/run.sh", "can't be written")])
 def test_a_script_goes_where_a_file_can_be_written(place, why, tmp_path):
     with pytest.raises(InputError, match=why) as caught:
