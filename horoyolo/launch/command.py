@@ -148,10 +148,17 @@ def _entering(job: Job) -> list[str]:
 
 def _mpirun_between_hosts(job: Job, hosts: Sequence[Host]) -> list[str]:
     many = ["-mca", "plm_rsh_no_tree_spawn", "true", "-mca", "plm_rsh_num_concurrent", str(len(hosts))] if len(hosts) >= MANY_HOSTS else []
-    if job.nic:
-        interface = ["-mca", "btl_tcp_if_include", job.nic, "-mca", "oob_tcp_if_include", job.nic]
-    else:
-        interface = ["-mca", "btl_tcp_if_exclude", NO_ROUTE, "-mca", "oob_tcp_if_exclude", NO_ROUTE]
     nccl = [] if "NCCL_SOCKET_IFNAME" in job.env else ["-x", f"NCCL_SOCKET_IFNAME={job.nic or '^' + NO_ROUTE}"]
     folder = ["-wdir", job.cwd] if job.cwd else []
-    return ["-mca", "plm_rsh_args", " ".join(ssh_options(ssh_of(job, hosts))), *many, *interface, *nccl, *folder]
+    interfaces = [*_interfaces(job, "btl"), *_interfaces(job, "oob")]
+    return ["-mca", "plm_rsh_args", " ".join(ssh_options(ssh_of(job, hosts))), *many, *interfaces, *nccl, *folder]
+
+
+def _interfaces(job: Job, part: str) -> list[str]:
+    """By which interfaces a part of Open MPI talks: the job's, unless the environment says which others not to use.
+
+    It takes a list of interfaces or one of exceptions, and crashes where it is told both.
+    """
+    kind, names = ("include", job.nic) if job.nic else ("exclude", NO_ROUTE)
+    said = {word for word in ("include", "exclude") if f"OMPI_MCA_{part}_tcp_if_{word}" in job.env}
+    return ["-mca", f"{part}_tcp_if_{kind}", names] if said <= ({"include"} if job.nic else set()) else []

@@ -110,6 +110,21 @@ def test_settings_of_open_mpi_matter_where_it_starts_workers():
             build_command(replace(job, transport=transport), TWO, launcher)
 
 
+@pytest.mark.parametrize(
+    ("nic", "said", "told"),
+    [
+        ("eth0", [], ["btl_tcp_if_include", "oob_tcp_if_include"]),
+        ("eth0", ["btl_tcp_if_exclude"], ["oob_tcp_if_include"]),
+        ("eth0", ["oob_tcp_if_include"], ["btl_tcp_if_include", "oob_tcp_if_include"]),
+        ("", [], ["btl_tcp_if_exclude", "oob_tcp_if_exclude"]),
+        ("", ["btl_tcp_if_include", "oob_tcp_if_exclude"], []),
+    ],
+)
+def test_open_mpi_is_told_interfaces_or_exceptions_not_both(nic, said, told):
+    job = replace(CLUSTER_JOB, nic=nic, env={f"OMPI_MCA_{name}": "lo" for name in said})
+    assert [word for word in mpirun_command(job, TWO) if "tcp_if" in word and "OMPI" not in word] == told
+
+
 def test_the_port_of_the_hosts_is_sshs():
     hosts = [replace(host, port=2200) for host in TWO]
     assert build_command(CLUSTER_JOB, hosts, "horovodrun")[8:10] == ["-p", "2200"]
