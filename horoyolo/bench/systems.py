@@ -21,7 +21,7 @@ from horoyolo.bench.record import Record, Seen
 from horoyolo.config import InputError
 from horoyolo.engine.hooks import STEP_COLUMNS
 from horoyolo.launch.command import build_command, launcher_folder
-from horoyolo.launch.environment import launcher_env
+from horoyolo.launch.environment import launcher_env, python_words
 from horoyolo.launch.job import Job, all_local
 from horoyolo.launch.remote import LaunchError
 from horoyolo.launch.run import end_process, new_status_dir
@@ -181,11 +181,11 @@ class _Hand:
     def __init__(self, place: Place, number: int, mark: Path) -> None:
         host = place.hosts[number]
         argv = [sys.executable, "-m", "horoyolo.bench.hand", str(mark)]
-        path = [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if "PYTHONPATH" in os.environ else []
         self._host = host.name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed in __exit__
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors, "text": True}
-        self._process = subprocess.Popen(place.argv_on(host, ["env", "-C", str(Path.cwd()), *path, *argv]), start_new_session=True, **pipes)
+        command = ["env", "-C", str(Path.cwd()), *python_words(os.environ), *argv]
+        self._process = subprocess.Popen(place.argv_on(host, command), start_new_session=True, **pipes)
 
     def __enter__(self) -> _Hand:
         return self

@@ -23,6 +23,7 @@ from horoyolo.elastic.membership import Limits, Membership
 from horoyolo.elastic.rendezvous import Rendezvous
 from horoyolo.elastic.screen import Screen
 from horoyolo.elastic.watchdog import Watchdog
+from horoyolo.launch.environment import python_words
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.interface import address_of, interface_of, own_address
 from horoyolo.launch.job import Job
@@ -68,13 +69,12 @@ def agent_argv(job: Job, host: Host, by_srun: bool) -> list[str]:
     """The words that start the agent of a host: here, by srun, or by ssh."""
     command = [sys.executable, "-m", "horoyolo.elastic.agent", job.env[STATUS_DIR]]
     tag = f"{STATUS_DIR}={job.env[STATUS_DIR]}"  # by which a later agent of the job finds one that hangs
-    python_path = [f"PYTHONPATH={job.env['PYTHONPATH']}"] if "PYTHONPATH" in job.env else []
     if is_local(host.name):
         return ["env", tag, *command]
     if by_srun:
         step = ["--nodes=1", "--ntasks=1", f"--nodelist={host.name}", f"--chdir={job.cwd}"]
         return ["srun", "--overlap", "--mpi=none", "--cpu-bind=none", *step, "env", tag, *command]
-    return ssh_argv(host.name, ["env", "-C", job.cwd, *python_path, tag, *command], ssh_to(host, job.ssh))
+    return ssh_argv(host.name, ["env", "-C", job.cwd, *python_words(job.env), tag, *command], ssh_to(host, job.ssh))
 
 
 def workers_env(job: Job) -> dict[str, str]:

@@ -20,6 +20,7 @@ from horoyolo.launch.remote import ssh_options
 # What programs, libraries and their tuning need. HOME and TMPDIR are each machine's own; so are the devices that it shows (CUDA_VISIBLE_DEVICES).
 NAMES = (
     *("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "LANG", "LANGUAGE", "TZ", "TERM"),
+    *("OPAL_PREFIX", "PMIX_INSTALL_PREFIX"),  # where an Open MPI that was moved is
     *("NO_COLOR", "NO_ALBUMENTATIONS_UPDATE"),
     *("NCCL_IB_PKEY", "UCX_IB_PKEY"),  # numbers of InfiniBand partitions: no secrets, whatever they are called
 )
@@ -27,6 +28,7 @@ PREFIXES = (
     *("PYTHON", "LC_", "OMP_", "GOMP_", "MKL_", "KMP_", "OPENBLAS_", "MALLOC_", "TORCH_", "PYTORCH_", "HOROYOLO_"),
     *("CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_", "NCCL_", "HOROVOD_", "GLOO_", "OMPI_MCA_", "PMIX_MCA_", "UCX_", "FI_", "MPICH_", "I_MPI_"),
 )
+FOR_PYTHON = ("LD_LIBRARY_PATH", "PYTHONPATH")  # without which it may not start there, or not find this package
 SECRET = re.compile(r"KEY|SECRET|TOKEN|PASS|PWD|CREDENTIAL|AUTH")
 # Devices are numbered by each machine; the rest is told by this launcher, not by one around it. (The MPI Operator sets words for ssh, with a blank.)
 OWN = re.compile(
@@ -59,6 +61,11 @@ KEEP_MEMORY = {
     "MALLOC_TOP_PAD_": str(2**26),
 }
 GLOO_TIMEOUT_S = 120  # by default 30: less than an import of torch may take from a busy file server, and whoever waits for it then aborts
+
+
+def python_words(env: Mapping[str, str]) -> list[str]:
+    """The words for ``env`` that let the Python of a login by ssh start as it did in ``env``, such as that of an environment module."""
+    return [f"{name}={env[name]}" for name in FOR_PYTHON if name in env]
 
 
 def travelling_env(env: Mapping[str, str], named: Sequence[str] = ()) -> dict[str, str]:

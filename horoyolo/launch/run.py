@@ -18,7 +18,7 @@ from types import FrameType
 from horoyolo.config import InputError
 from horoyolo.launch import agent
 from horoyolo.launch.command import build_command, launcher_folder
-from horoyolo.launch.environment import launcher_env
+from horoyolo.launch.environment import launcher_env, python_words
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.job import Job
 from horoyolo.launch.remote import LaunchError, is_this_machine, ssh_argv
@@ -190,10 +190,9 @@ def _agent_lines(job: Job, hosts: Sequence[Host], launcher: str) -> dict[str, tu
         step = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", f"--nodelist={names}", f"--chdir={job.cwd}"]
         return {"the allocation": (["srun", "--overlap", "--mpi=none", "--cpu-bind=none", *step, *command], len(hosts))}
     lines = {"localhost": (command, 1)}
-    python_path = [f"PYTHONPATH={job.env['PYTHONPATH']}"] if "PYTHONPATH" in job.env else []
     for host in hosts:
         if not is_this_machine(host.name):
-            lines[host.name] = (ssh_argv(host.name, ["env", "-C", job.cwd, *python_path, *command], ssh_to(host, job.ssh)), 1)
+            lines[host.name] = (ssh_argv(host.name, ["env", "-C", job.cwd, *python_words(job.env), *command], ssh_to(host, job.ssh)), 1)
     return lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from horoyolo.launch.environment import python_words
 from horoyolo.launch.hosts import Host
 from horoyolo.launch.probe import MARK
 from horoyolo.launch.remote import Ssh, is_this_machine, ssh_argv
@@ -43,7 +45,8 @@ class Session:
         # Where the workers' Python is missing, the rest can still be looked at with the system's.
         script = f'python={shlex.quote(python)}; [ -x "$python" ] || python=python3; exec "$python" -u -c {shlex.quote(boot)}'
         command = ["sh", "-c", script]
-        argv = command if is_this_machine(host.name) else ssh_argv(host.name, command, ssh_to(host, ssh))
+        there = ["env", *python_words(os.environ), *command]
+        argv = command if is_this_machine(host.name) else ssh_argv(host.name, there, ssh_to(host, ssh))
         self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         self._complaint = b""
         self._reader = threading.Thread(target=self._read_complaint, daemon=True)

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Protocol
 
+from horoyolo.launch.environment import python_words
 from horoyolo.launch.hosts import Host, bracketed
 from horoyolo.launch.judge import size_text
 from horoyolo.launch.remote import Ssh, is_this_machine, ssh_argv, ssh_options
@@ -270,7 +271,7 @@ class Stage:
     def _is_right(self, host: Host, folder: str) -> bool:
         """Whether a folder on a host holds the data set: its content is scanned there and the hash compared."""
         command = [sys.executable, "-m", "horoyolo", "data", "check", "--data", f"{folder}/data.yaml", "--json", "-"]
-        status, output, complaint = self._run(host, ["sh", "-c", CHECK, "sh", os.getcwd(), *command], CHECK_LIMIT_S)
+        status, output, complaint = self._run(host, ["env", *python_words(os.environ), "sh", "-c", CHECK, "sh", os.getcwd(), *command], CHECK_LIMIT_S)
         if status == 0:
             with contextlib.suppress(ValueError, KeyError, IndexError):
                 return json.loads(output.splitlines()[-1])["hash"] == self._layout.hash

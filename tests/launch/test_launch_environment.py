@@ -11,12 +11,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from horoyolo.config import InputError
+from horoyolo.elastic.coordinator import agent_argv
 from horoyolo.launch.command import build_command
 from horoyolo.launch.environment import (
     SSH_WRAPPER,
     is_secret,
     job_env,
     launcher_env,
+    python_words,
     threads_here,
     threads_per_worker,
     travelling_env,
@@ -26,7 +28,11 @@ from horoyolo.launch.environment import (
 from horoyolo.launch.hosts import Host, local_hosts
 from horoyolo.launch.job import Job
 from horoyolo.launch.remote import Ssh
+from horoyolo.launch.run import _agent_lines
+from horoyolo.launch.session import Session, Unreachable
+from horoyolo.launch.status import STATUS_DIR
 
+TWO = [Host("198.51.100.1", 1), Host("198.51.100.2", 1)]
 HOSTS = [Host("gpu1", 2), Host("gpu2", 2)]
 HERE = {
     **{"PATH": "/usr/bin", "HOME": "/home/ann", "USER": "ann", "SSH_AUTH_SOCK": "/tmp/agent", "SLURM_JOB_ID": "7", "LSB_JOBID": "3", "EDITOR": "vi"},
@@ -38,6 +44,28 @@ PYTHON = str(Path(sys.executable).parent)
 
 def test_tuning_travels_and_little_else():
     assert travelling_env(HERE) == {name: HERE[name] for name in ("PATH", "NCCL_DEBUG", "HOROVOD_CYCLE_TIME", "OMP_NUM_THREADS", "NCCL_IB_PKEY")}
+
+
+def test_python_starts_on_other_hosts_with_what_it_needs(tmp_path, monkeypatch):
+    """That of an environment module finds no library of its own otherwise; what is told to ssh is looked at."""
+    needs = {"LD_LIBRARY_PATH": "/opt/python/lib", "PYTHONPATH": "/checkout"}
+    assert python_words(HERE) == []
+    words = python_words({**HERE, **needs})
+    assert words == [f"{name}={value}" for name, value in needs.items()]
+    job = Job(2, ("w",), {**needs, STATUS_DIR: "/s"}, cwd="/")
+    lines = [*_agent_lines(job, TWO, "mpirun")["198.51.100.1"][0], *agent_argv(job, TWO[0], by_srun=False)]
+    for word in words:
+        assert sum(word in line for line in lines) == 2
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/told\n')
+    ssh.chmod(0o755)
+    for name, value in {**needs, "PATH": f"{tmp_path}:{os.environ['PATH']}"}.items():
+        monkeypatch.setenv(name, value)
+    session = Session(TWO[0], "python", Ssh())
+    with pytest.raises(Unreachable):
+        session.ask("facts")
+    session.close()
+    assert all(word in (tmp_path / "told").read_text() for word in words)
 
 
 # In the launcher's pod of an MPIJob, by the MPI Operator.
