@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from horoyolo.compression.build import AUTO
+from horoyolo.config import InputError
 from horoyolo.engine.build import Training
 from horoyolo.engine.hooks import EPOCH_COLUMNS, STEP_COLUMNS, EpochRecord, Hook, StepRecord
 from horoyolo.engine.ledger import WriteLedger
@@ -59,9 +60,10 @@ class Diagnose(Hook):
         self._job = job
 
     def after_train(self) -> None:
-        if (self._job.run.folder / "results.csv").exists():
-            finding, *advice = diagnose_run(self._job.run.folder)
-            log.info("diagnosis: %s", "; ".join([finding, *advice]))
+        try:
+            log.info("diagnosis: %s", "; ".join(diagnose_run(self._job.run.folder)))
+        except InputError as error:  # a full disk may have left no whole results.csv; the training is done all the same
+            log.warning("no diagnosis: %s", error)
 
 
 class RecordFigures(Hook):

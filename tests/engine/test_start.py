@@ -32,6 +32,7 @@ def test_a_new_rank_0_needs_no_room(open_job: Callable[..., Training], file_limi
             hook.before_train()
             hook.after_train()
         assert "NOT" not in caplog.text
+        assert "no diagnosis: " in caplog.text
         (job.run.folder / "config.yaml").unlink()
         open_folder(job, begins=False)
     assert f"run folder {job.run.folder}: File too large" in caplog.text
