@@ -73,7 +73,7 @@ def plot_boxes(
         classes.bar(at - 0.2, list(boxes_of_class.values()), 0.4, label="boxes")
         classes.bar(at + 0.2, list(images_of_class.values()), 0.4, label="images")
         if len(at) <= MAX_NAMES:
-            classes.set_xticks(at, list(boxes_of_class), rotation=30, ha="right")
+            classes.set_xticks(at, list(boxes_of_class), rotation=30, ha="right", parse_math=False)
         classes.set(title="Classes", yscale="log" if len(at) > MAX_NAMES else "linear")
         classes.legend()
         sizes.plot(boxes_wh[:, 0], boxes_wh[:, 1], ".", markersize=2, alpha=0.4, label="boxes")

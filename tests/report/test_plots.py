@@ -12,7 +12,7 @@ import torch
 
 from horoyolo.engine.hooks import EPOCH_COLUMNS
 from horoyolo.report.draw import class_colour
-from horoyolo.report.plots import batch_grid, plot_batch, plot_curves
+from horoyolo.report.plots import batch_grid, plot_batch, plot_boxes, plot_curves
 
 NAMES = {0: "ball", 1: "box"}
 
@@ -87,6 +87,12 @@ def test_a_batch_of_any_size_gives_a_picture_of_bounded_size(count: int, side: i
     grid = batch_grid(torch.zeros(count, 3, side, side, dtype=torch.uint8), targets, NAMES)
     assert max(grid.shape) <= 1920
     assert min(grid.shape[:2]) >= min(side, 900)
+
+
+def test_names_of_classes_are_no_formulas(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plot_boxes({"$^$": 2, "5$ or 10$": 1}, {"$^$": 1, "5$ or 10$": 1}, np.array([[8.0, 16.0]]), np.array([[8.0, 8.0]]), tmp_path / "boxes.png")
+    assert cv2.imread(str(tmp_path / "boxes.png")) is not None
+    assert not caplog.text
 
 
 def test_no_images_no_batch(tmp_path: Path) -> None:
