@@ -159,7 +159,8 @@ def measure_link(
     argv = [sys.executable, "-m", "horoyolo.bench.compression_worker", *words]
     for number in range(num_jobs):
         progress(f"link {label}, job {number + 1} of {num_jobs}: {len(rows)} rows")
-        measured = launched(place.job([*argv, *(["--errors"] if with_errors and number == 0 else [])]), place.hosts, parsed.launcher)
+        numbered = [*argv, "--first-repeat", str(number), *(["--errors"] if with_errors and number == 0 else [])]
+        measured = launched(place.job(numbered), place.hosts, parsed.launcher)
         errors = errors or measured.get("errors", {})
         for row, of_row in measured["rows"].items():
             for name, values in of_row.items():

@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--repeats", type=int, required=True)
+    parser.add_argument("--first-repeat", type=int, default=0, help="its number, where other jobs had those before it")
     parser.add_argument("--variant", choices=VARIANTS, required=True)
     parser.add_argument("--nic", default="", help="count what this interface sends")
     parser.add_argument("--errors", action="store_true", help="measure the error of the sums too")
@@ -72,7 +74,8 @@ def main() -> None:
     rows = [Row(name, Comms(**comms), tuple(overlaps)) for name, comms, overlaps in json.loads(parsed.rows)]
     stepper = Stepper(Numerics(torch.device("cpu"), *VARIANTS[parsed.variant]), parsed.cfg, parsed.img, parsed.batch, seed=comm.rank())
     broadcast_tensors(stepper.model.state_dict().values(), comm)
-    result: dict[str, Any] = {"rows": measure(rows, stepper, comm, parsed.repeats, parsed.steps, parsed.nic)}
+    repeats = range(parsed.first_repeat, parsed.first_repeat + parsed.repeats)
+    result: dict[str, Any] = {"rows": measure(rows, stepper, comm, repeats, parsed.steps, parsed.nic)}
     if parsed.errors:
         result["errors"] = gradient_errors(rows, stepper, comm)
     if comm.rank() == 0:
@@ -81,13 +84,13 @@ def main() -> None:
     comm.close()
 
 
-def measure(rows: list[Row], stepper: Stepper, comm: Comm, repeats: int, steps: int, nic: str) -> dict[str, dict[str, list[float]]]:
+def measure(rows: list[Row], stepper: Stepper, comm: Comm, repeats: Iterable[int], steps: int, nic: str) -> dict[str, dict[str, list[float]]]:
     """Row -> figure -> its value in each repeat: medians of a step, means of its parts, all in turn within each repeat.
 
     Each time in another order, the same on all workers: what a row leaves behind in caches and in the network would fall on the same one always.
     """
     figures: dict[str, dict[str, list[float]]] = {row.name: defaultdict(list) for row in rows}
-    for repeat in range(repeats):
+    for repeat in repeats:
         for row in random.Random(repeat).sample(rows, len(rows)):
             exchange = _exchange(row.compressor, row.costs, row.comms, stepper, comm)
             stepper.exchange = exchange

@@ -33,13 +33,14 @@ def break_even_bits(links: Mapping[str, Mapping[str, Any]], entry: str) -> float
     """The link speed, in bit/s, below which ``entry`` makes steps shorter than `none`, each at its better time to leave.
 
     A step's time is taken as linear in the seconds that a bit takes, between the links that were measured; a link left as it is counts as one
-    that takes no time. None where no change of sign was seen: it gains on all those links, or on none.
+    that takes no time. None where there is no such speed: it gains on all those links, on none, or on some in between.
     """
     points = sorted((0.0 if link["rate"] == AS_IT_IS else 1 / bits_per_s(link["rate"]), gain_s(link["rows"], entry)) for link in links.values())
-    for (quicker, gain_there), (slower, gain_here) in itertools.pairwise(points):
-        if gain_there <= 0 < gain_here:
-            return 1 / (quicker + (slower - quicker) * gain_there / (gain_there - gain_here))
-    return None
+    changes = [pair for pair in itertools.pairwise(points) if (pair[0][1] > 0) != (pair[1][1] > 0)]
+    if len(changes) != 1 or points[0][1] > 0:
+        return None
+    ((quicker, gain_there), (slower, gain_here)) = changes[0]
+    return 1 / (quicker + (slower - quicker) * gain_there / (gain_there - gain_here))
 
 
 def gain_s(rows: Mapping[str, Mapping[str, float]], entry: str) -> float:

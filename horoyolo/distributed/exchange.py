@@ -124,7 +124,7 @@ class Exchange:
             raise RuntimeError("the exchange was armed twice without finish() between")
         changed = [name for name, param in self._parameters if param.requires_grad != (name in self._trained)]
         if changed:
-            raise RuntimeError(f"{', '.join(changed)}: frozen or thawed since the exchange was built; close it and build another")
+            raise RuntimeError(f"{', '.join(changed)}: frozen or thawed since the exchange was built; close it, build it and its compressor anew")
         self._armed = True
         self._armed_s = time.perf_counter()
         began = moment(self._device)

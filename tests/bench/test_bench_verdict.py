@@ -33,6 +33,12 @@ def test_without_a_change_of_sign_there_is_no_limit() -> None:
     assert verdict_lines(links_of(10e6, ["50mbit", "0"]), ["none", "int8"]) == ["int8: gains on none of these links"]
 
 
+@pytest.mark.parametrize("int8_s", [(1.2, 0.8, 1.2), (0.8, 1.2, 0.8), (0.8, 0.8, 1.2)])
+def test_where_it_gains_here_and_there_no_limit_is_told(int8_s: tuple[float, ...]) -> None:
+    links = {rate: link(rate, none=1.0, int8=time_s) for rate, time_s in zip(("0", "1gbit", "200mbit"), int8_s, strict=True)}
+    assert verdict_lines(links, ["none", "int8"]) == ["int8: gains on some (no clear limit) of these links"]
+
+
 def test_each_entry_counts_at_its_better_time_to_leave() -> None:
     links = {"0": link("0", none=1.0, int8=1.2), "100mbit": link("100mbit", none=4.0, none_overlapped=3.0, int8=5.0, int8_overlapped=2.8)}
     assert break_even_bits(links, "int8") == pytest.approx(200e6)
