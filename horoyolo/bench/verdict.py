@@ -36,10 +36,10 @@ def break_even_bits(links: Mapping[str, Mapping[str, Any]], entry: str) -> float
     that takes no time. None where there is no such speed: it gains on all those links, on none, or on some in between.
     """
     points = sorted((0.0 if link["rate"] == AS_IT_IS else 1 / bits_per_s(link["rate"]), gain_s(link["rows"], entry)) for link in links.values())
-    changes = [pair for pair in itertools.pairwise(points) if (pair[0][1] > 0) != (pair[1][1] > 0)]
+    changes = [(quicker, slower) for quicker, slower in itertools.pairwise(points) if (quicker[1] > 0) != (slower[1] > 0)]
     if len(changes) != 1 or points[0][1] > 0:
         return None
-    ((quicker, gain_there), (slower, gain_here)) = changes[0]
+    (quicker, gain_there), (slower, gain_here) = changes[0]
     return 1 / (quicker + (slower - quicker) * gain_there / (gain_there - gain_here))
 
 

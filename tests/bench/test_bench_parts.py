@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from horoyolo.bench import talk, timing
+from horoyolo.bench import compression, talk, timing
 from horoyolo.bench.compression import entry_comms, ratio_rate, summary
 from horoyolo.bench.processes import Place, side_by_side
 from horoyolo.bench.ring import SocketRing
@@ -194,3 +196,18 @@ def test_plain_is_the_quicker_of_ours_and_stock_and_ratios_are_paired() -> None:
     assert link["plain"] == "stock Horovod, NCHW"
     assert link["rows"]["int8"]["rate_against_plain"] == 3
     assert link["rows"]["int8"]["error"] == 0.5
+
+
+def test_jobs_beside_peers_go_on_counting_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each draws the order of its rows by the number of its repeat."""
+    jobs: list[list[str]] = []
+    place = SimpleNamespace(nic="", hosts=[], job=lambda argv, peer=False: argv)
+    monkeypatch.setattr(compression, "launched", lambda argv, *_: jobs.append(argv) or {"rows": {"none": {"step_s": [1.0]}}})
+    parsed = argparse.Namespace(repeats=3, cfg="yolov5n", img=64, batch=2, steps=1, launcher="horovodrun")
+    peer = compression.Peer("peer", ["peer"], "horovodrun")
+    monkeypatch.setattr(compression.Peer, "run", lambda *_: {"step_s": 2.0})
+    figures, _ = compression.measure_link(parsed, place, [], "fp32 NCHW", [peer], "0", with_errors=False)
+    numbers = [(job[job.index("--repeats") + 1], job[job.index("--first-repeat") + 1]) for job in jobs]
+    assert numbers == [("1", "0"), ("1", "1"), ("1", "2")]
+    assert figures["none"]["step_s"] == [1.0] * 3
+    assert figures["peer"]["step_s"] == [2.0] * 3
