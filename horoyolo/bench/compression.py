@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import random
 import statistics
 import sys
 from collections import defaultdict
@@ -150,25 +151,27 @@ def measure_link(
 ) -> tuple[Repeats, dict[str, dict[str, float]]]:
     """Figures of every row and peer in each repeat, and the errors of sums.
 
-    One job takes all rows in turn, which pairs them best; where peers take turns too it is started again in each repeat.
+    One job takes all rows in turn, which pairs them best; where peers take turns too it is started again in each repeat, before or after them.
     """
-    figures: Repeats = defaultdict(lambda: defaultdict(list))
+    figures: Repeats = {name: defaultdict(list) for name in [*(name for name, _, _ in rows), *(peer.name for peer in peers)]}
     errors: dict[str, dict[str, float]] = {}
     num_jobs, repeats = (parsed.repeats, 1) if peers else (1, parsed.repeats)
     words = [*size_words(parsed), "--repeats", str(repeats), "--variant", variant, *row_words(rows), *(["--nic", place.nic] if place.nic else [])]
     argv = [sys.executable, "-m", "horoyolo.bench.compression_worker", *words]
     for number in range(num_jobs):
-        progress(f"link {label}, job {number + 1} of {num_jobs}: {len(rows)} rows")
-        numbered = [*argv, "--first-repeat", str(number), *(["--errors"] if with_errors and number == 0 else [])]
-        measured = launched(place.job(numbered), place.hosts, parsed.launcher)
-        errors = errors or measured.get("errors", {})
-        for row, of_row in measured["rows"].items():
-            for name, values in of_row.items():
-                figures[row][name] += values
-        for peer in peers:
-            progress(f"link {label}, repeat {number + 1} of {parsed.repeats}: {peer.name}")
-            for name, value in peer.run(place).items():
-                figures[peer.name][name].append(value)
+        turns = [None, *peers]  # None stands for our rows
+        for peer in random.Random(number).sample(turns, len(turns)):
+            if peer is None:
+                progress(f"link {label}, job {number + 1} of {num_jobs}: {len(rows)} rows")
+                numbered = [*argv, "--first-repeat", str(number), *(["--errors"] if with_errors and number == 0 else [])]
+                measured = launched(place.job(numbered), place.hosts, parsed.launcher)
+                errors = errors or measured.get("errors", {})
+            else:
+                progress(f"link {label}, repeat {number + 1} of {parsed.repeats}: {peer.name}")
+                measured = {"rows": {peer.name: {name: [value] for name, value in peer.run(place).items()}}}
+            for row, of_row in measured["rows"].items():
+                for name, values in of_row.items():
+                    figures[row][name] += values
     return figures, errors
 
 

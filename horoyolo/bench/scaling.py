@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +18,10 @@ from horoyolo.launch.job import Job
 
 
 def bench_scaling(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Runs every variant in turn, ``repeats`` times over; prints the table, writes the JSON and gives what it holds."""
+    """Runs every variant in turn, ``repeats`` times over; prints the table, writes the JSON and gives what it holds.
+
+    The order is another in each repeat: a machine that is disturbed for a while would always meet the same neighbours of a fixed one.
+    """
     place = chosen_place(parsed)
     variants = [variant_name(parsed.precision, layout) for layout in parsed.layouts]
     nchw = variant_name(parsed.precision, "NCHW")
@@ -37,9 +41,9 @@ def bench_scaling(parsed: argparse.Namespace) -> dict[str, Any]:
     medians: dict[str, list[float]] = {name: [] for name in runs}
     with orderly_end():
         for repeat in range(parsed.repeats):
-            for name, run in runs.items():
+            for name in random.Random(repeat).sample(list(runs), len(runs)):
                 progress(f"repeat {repeat + 1} of {parsed.repeats}: {name}")
-                medians[name].append(run())
+                medians[name].append(runs[name]())
 
     print(f"{place.name}, {parsed.cfg}, {parsed.img} px, {parsed.batch} images each, 1 thread each")
     result = table(medians, parsed.batch * place.num_workers, baseline=next(iter(runs)))

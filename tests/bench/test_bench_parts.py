@@ -206,8 +206,10 @@ def test_jobs_beside_peers_go_on_counting_repeats(monkeypatch: pytest.MonkeyPatc
     parsed = argparse.Namespace(repeats=3, cfg="yolov5n", img=64, batch=2, steps=1, launcher="horovodrun")
     peer = compression.Peer("peer", ["peer"], "horovodrun")
     monkeypatch.setattr(compression.Peer, "run", lambda *_: {"step_s": 2.0})
-    figures, _ = compression.measure_link(parsed, place, [], "fp32 NCHW", [peer], "0", with_errors=False)
+    rows = compression.chosen_rows(["none"], ["no"])
+    figures, _ = compression.measure_link(parsed, place, rows, "fp32 NCHW", [peer], "0", with_errors=False)
     numbers = [(job[job.index("--repeats") + 1], job[job.index("--first-repeat") + 1]) for job in jobs]
     assert numbers == [("1", "0"), ("1", "1"), ("1", "2")]
+    assert list(figures) == ["none", "peer"]  # whose turn came first in a repeat is no matter to the table
     assert figures["none"]["step_s"] == [1.0] * 3
     assert figures["peer"]["step_s"] == [2.0] * 3
