@@ -129,7 +129,7 @@ class Trials:
 
 def predicted_tail_s(choice: Choice, cost: Cost, link: Link, backward_s: float) -> float:
     """The tail of an update by a crude model: what leaves during backward hides behind its second half, where the first bucket is full."""
-    net_s = link.time_s(cost.wire_bytes)
+    net_s = link.time_s(cost.wire_bytes, cost.alltoall_bytes)
     if choice.overlap:
         return max(backward_s + cost.codec_s, backward_s / 2 + cost.codec_s + net_s)
     return backward_s + cost.codec_s + net_s
@@ -171,6 +171,7 @@ class Auto(Compressor):
         self._plain_backward_s: dict[Choice, list[float]] = {choice: [] for choice in self._plain}
         self._plain_bytes = 0
         self._link: Link | None = None  # as it was probed last
+        self._own_tails_s: dict[Choice, list[float]] = {choice: [] for choice in self._possible}  # this worker's, before a choice was settled
         self._settled_tails_s: list[float] = []
         self._reference_s = 0.0
         self._since_probe_s = 0.0
@@ -209,13 +210,14 @@ class Auto(Compressor):
             self._size = comm.size()
             self._forget()
         if self._trials is not None:
-            self._try(self._trials, agreed([tail_s], comm)[0])
+            self._try(self._trials, tail_s, comm)
         elif self._reference_s:
             self._watch(tail_s, comm)
         else:
             self._measure_plain(tail_s, backward_s, comm)
 
     def _measure_plain(self, tail_s: float, backward_s: float, comm: Comm) -> None:
+        self._own_tails_s[self._choice].append(tail_s)
         tail_s, backward_s = agreed([tail_s, backward_s], comm)
         self._plain_tails_s[self._choice].append(tail_s)
         self._plain_backward_s[self._choice].append(backward_s)
@@ -241,24 +243,28 @@ class Auto(Compressor):
             choices = [choice for choice in self._possible if choice in worth_trying]
             known = {choice: times_s[-KNOWN:] for choice, times_s in self._plain_tails_s.items()}
             log.info(
-                "compression: backward %.0f ms, link %.1f MB/s and %.2f ms; predicted %s",
+                "compression: backward %.0f ms, link %.1f MB/s, %.1f for alltoall, and %.2f ms; predicted %s",
                 backward_s * 1e3,
-                link.bytes_per_s / 1e6,
+                link.ring_bytes_per_s / 1e6,
+                link.alltoall_bytes_per_s / 1e6,
                 link.latency_s * 1e3,
                 ", ".join(f"{choice} {tail_s * 1e3:.0f} ms" for choice, tail_s in predicted.items()),
             )
         self._trials = Trials(choices, known=known)
         self._choice = self._trials.next() or choices[0]
 
-    def _try(self, trials: Trials, tail_s: float) -> None:
-        trials.record(self._choice, tail_s)
+    def _try(self, trials: Trials, tail_s: float, comm: Comm) -> None:
+        self._own_tails_s[self._choice].append(tail_s)
+        trials.record(self._choice, agreed([tail_s], comm)[0])
         upcoming = trials.next()
         if upcoming is not None and len(trials.times_s) > 1:
             self._choice = upcoming
             return
         self._choice = trials.best()
         self._trials = None
-        self._reference_s = statistics.median(trials.times_s[self._choice])
+        # As ``_watch`` measures: of many workers the largest median is less than the median of the largest.
+        own_tails_s = self._own_tails_s[self._choice][-len(trials.times_s[self._choice]) :]
+        self._reference_s = agreed([statistics.median(own_tails_s)], comm)[0]
         self._look_every = min(2 * self._look_every, LOOK_AT_LEAST_EVERY) if self._choice == self._settled else LOOK_EVERY
         self._settled = self._choice
         tried = {**self._plain_tails_s, **trials.dropped_s, **trials.times_s}
@@ -282,7 +288,7 @@ class Auto(Compressor):
         """Whether plain sums would take another time on the link, by so much that it matters beside the tail."""
         self._since_probe_s = 0.0
         if differ(now.time_s(self._plain_bytes), before.time_s(self._plain_bytes), self._reference_s):
-            log.info("compression: the link has %.1f MB/s instead of %.1f: looking again", now.bytes_per_s / 1e6, before.bytes_per_s / 1e6)
+            log.info("compression: the link has %.1f MB/s instead of %.1f: looking again", now.ring_bytes_per_s / 1e6, before.ring_bytes_per_s / 1e6)
             self._look_again(comm)
 
     def _look_again(self, comm: MeasuringComm) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ class Link:
     """What a worker's network does for it."""
 
     latency_s: float  # of the smallest allreduce
-    bytes_per_s: float  # sent by one worker in a large allreduce
+    ring_bytes_per_s: float  # sent by one worker in a large allreduce
+    alltoall_bytes_per_s: float  # sent by one worker in a large alltoall: less, where the workers of a host share its way to others
     probe_s: float = 0.0  # what it took to find out
 
-    def time_s(self, wire_bytes: int) -> float:
-        """What an exchange takes in which each worker sends so many bytes."""
-        return self.latency_s + wire_bytes / self.bytes_per_s
+    def time_s(self, wire_bytes: int, alltoall_bytes: int = 0) -> float:
+        """What an exchange takes in which each worker sends so many bytes, ``alltoall_bytes`` of them straight to their receivers."""
+        return self.latency_s + (wire_bytes - alltoall_bytes) / self.ring_bytes_per_s + alltoall_bytes / self.alltoall_bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Cost:
 
     codec_s: float  # encoding and decoding
     wire_bytes: int  # sent by a worker
+    alltoall_bytes: int  # of these, what goes straight to its receivers instead of around a ring
 
 
 def agreed(figures: list[float], comm: Comm) -> list[float]:
@@ -44,15 +46,18 @@ def agreed(figures: list[float], comm: Comm) -> list[float]:
 
 
 def probe_link(comm: Comm, device: torch.device) -> Link:
-    """Latency and bandwidth of an allreduce between the workers as they are now, from memory of ``device``: GPUs may have links of their own."""
+    """Latency and bandwidths between the workers as they are now, from memory of ``device``: GPUs may have links of their own."""
     started_s = time.perf_counter()
     latency_s = agreed([min(_allreduce_s(comm, torch.zeros(1, device=device)) for _ in range(5))], comm)[0]
     num_bytes, large_s = PROBE_BYTES // 4, 0.0
     while large_s < CLEAR * latency_s and num_bytes < MOST_PROBE_BYTES:
         num_bytes *= 4
         large_s = agreed([min(_allreduce_s(comm, torch.zeros(num_bytes // 4, device=device)) for _ in range(3))], comm)[0]
+    part_bytes = num_bytes // comm.size()
+    parts_s = agreed([min(_alltoall_s(comm, part_bytes // 4, device) for _ in range(3))], comm)[0]
     probe_s = agreed([time.perf_counter() - started_s], comm)[0]
-    return Link(latency_s, ring_bytes(num_bytes, comm.size()) / max(large_s - latency_s, 1e-6), probe_s)
+    ring_s, alltoall_s = max(large_s - latency_s, 1e-6), max(parts_s - latency_s, 1e-6)
+    return Link(latency_s, ring_bytes(num_bytes, comm.size()) / ring_s, (comm.size() - 1) * part_bytes / alltoall_s, probe_s)
 
 
 def _allreduce_s(comm: Comm, tensor: Tensor) -> float:
@@ -61,24 +66,33 @@ def _allreduce_s(comm: Comm, tensor: Tensor) -> float:
     return time.perf_counter() - started_s
 
 
+def _alltoall_s(comm: Comm, part: int, device: torch.device) -> float:
+    """What an alltoall takes in which every worker has ``part`` numbers for each."""
+    tensor = torch.zeros(comm.size() * part, device=device)
+    started_s = time.perf_counter()
+    comm.alltoall_async(tensor, [part] * comm.size(), "probe.alltoall").wait()
+    return time.perf_counter() - started_s
+
+
 def probe_costs(makers: Mapping[str, Callable[[], Lossy]], buckets: list[Bucket], comm: Comm) -> dict[str, Cost]:
-    """What each way to sum takes of an update of these buckets, without the network: the slowest worker's, the same on all."""
-    costs = {name: measure_cost(make(), buckets, EchoComm(comm.size())) for name, make in makers.items()}
-    slowest = agreed([cost.codec_s for cost in costs.values()], comm)
-    return {name: Cost(codec_s, cost.wire_bytes) for (name, cost), codec_s in zip(costs.items(), slowest, strict=True)}
+    """What each way to sum takes of an update of these buckets, without the network: the most of any worker, the same on all."""
+    costs = [measure_cost(make(), buckets, EchoComm(comm.size())) for make in makers.values()]
+    most = iter(agreed([float(figure) for cost in costs for figure in astuple(cost)], comm))
+    return {name: Cost(next(most), int(next(most)), int(next(most))) for name in makers}
 
 
-def measure_cost(lossy: Lossy, buckets: list[Bucket], comm: Comm) -> Cost:
+def measure_cost(lossy: Lossy, buckets: list[Bucket], comm: EchoComm) -> Cost:
     """The time and the bytes of an update of copies of these buckets, with a ``comm`` that takes no time.
 
     Of two updates after the first: the quicker time, the mean bytes.
     """
     copies = [_Copy(bucket, comm.size()) for bucket in buckets]
     residuals = [torch.empty_like(copy.flat) for copy in copies]
-    times_s, wire_bytes = [], []
+    times_s, wire_bytes, alltoall_bytes = [], [], []
     for _ in range(3):
         for bucket, copy in zip(buckets, copies, strict=True):
             copy.flat[: bucket.flat.numel()] = bucket.flat
+        alltoall_before = comm.alltoall_bytes
         started_s = time.perf_counter()
         pending = [lossy.start(copy, comm, residual) for copy, residual in zip(copies, residuals, strict=True)]
         for each in pending:
@@ -87,8 +101,9 @@ def measure_cost(lossy: Lossy, buckets: list[Bucket], comm: Comm) -> Cost:
         if copies and copies[0].flat.is_cuda:
             torch.cuda.synchronize(copies[0].flat.device)
         times_s.append(time.perf_counter() - started_s)
+        alltoall_bytes.append(comm.alltoall_bytes - alltoall_before)
         lossy.commit()
-    return Cost(0.0 if lossy.exact else min(times_s[1:]), sum(wire_bytes[1:]) // 2)
+    return Cost(0.0 if lossy.exact else min(times_s[1:]), sum(wire_bytes[1:]) // 2, sum(alltoall_bytes[1:]) // 2)
 
 
 class _Copy:
@@ -105,6 +120,7 @@ class EchoComm:
 
     def __init__(self, size: int):
         self._size = size
+        self.alltoall_bytes = 0  # sent to others by all alltoalls so far
 
     def rank(self) -> int:
         return 0
@@ -119,6 +135,7 @@ class EchoComm:
         return _Echo(torch.cat([tensor] * self._size))
 
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _Echo:
+        self.alltoall_bytes += sum(splits[1:]) * tensor[:1].nbytes
         return _Echo((tensor, list(splits)))  # from each what it was sent: workers send themselves nothing
 
 

@@ -31,12 +31,17 @@ def update(compressor: Auto, comm: ThreadComm, tail_s: float, backward_s: float)
 update.buckets = {}  # type: ignore[attr-defined]
 
 
+def even_link(latency_s: float, bytes_per_s: float, probe_s: float = 0.0) -> Link:
+    """One that a byte takes as long on whatever the collective is."""
+    return Link(latency_s, bytes_per_s, bytes_per_s, probe_s)
+
+
 @pytest.fixture
 def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A link of 1 MB/s and 1 ms, and codecs without cost: what is predicted then depends on bytes alone."""
-    monkeypatch.setattr(policy, "probe_link", lambda comm, device: Link(1e-3, 1e6))
+    monkeypatch.setattr(policy, "probe_link", lambda comm, device: even_link(1e-3, 1e6))
     wire_bytes = {"none": 4_000_000, "bf16": 2_000_000, "fp16": 2_000_000, "int8": 1_000_000, "onebit": 130_000, "topk": 100_000, "powersgd": 90_000}
-    monkeypatch.setattr(policy, "probe_costs", lambda makers, buckets, comm: {name: Cost(0.0, wire_bytes[name]) for name in makers})
+    monkeypatch.setattr(policy, "probe_costs", lambda makers, buckets, comm: {name: Cost(0.0, wire_bytes[name], 0) for name in makers})
 
 
 def drive(comm: ThreadComm, tails_s: dict[str, float], updates: int, compressor: Auto | None = None) -> tuple[Auto, list[Choice]]:
@@ -78,7 +83,7 @@ def test_what_is_being_tried_is_not_settled(known_costs, compressor, tries):
 
 
 def test_plain_is_kept_where_nothing_is_quicker(known_costs, monkeypatch):
-    monkeypatch.setattr(policy, "probe_link", lambda comm, device: Link(1e-4, 1e12))
+    monkeypatch.setattr(policy, "probe_link", lambda comm, device: even_link(1e-4, 1e12))
     seen = run_threads(2, lambda comm: drive(comm, dict.fromkeys(COMPRESSORS, 0.1) | {"none": 0.101}, 60)[1])
     assert {choice.entry for choice in seen[0][55:]} == {"none"}
 
@@ -127,7 +132,7 @@ def test_backward_is_that_of_the_slowest_worker_wherever_buckets_leave(known_cos
 
 
 def test_plain_sums_that_hide_behind_backward_are_kept(known_costs, monkeypatch):
-    monkeypatch.setattr(policy, "probe_link", lambda comm, device: Link(1e-3, 4e6))
+    monkeypatch.setattr(policy, "probe_link", lambda comm, device: even_link(1e-3, 4e6))
 
     def work(comm: ThreadComm) -> list[str]:
         compressor, entries = build_compressor(SETTINGS, (True,)), []
@@ -159,7 +164,7 @@ def test_a_fixed_entry_is_looked_at_when_its_warm_up_is_over(known_costs, name):
 
 def test_a_link_that_became_fast_is_noticed_though_the_tail_is_the_same(known_costs, monkeypatch):
     rates = {"bytes_per_s": 1e6}
-    monkeypatch.setattr(policy, "probe_link", lambda comm, device: Link(1e-3, rates["bytes_per_s"]))
+    monkeypatch.setattr(policy, "probe_link", lambda comm, device: even_link(1e-3, rates["bytes_per_s"]))
     slow = dict.fromkeys(COMPRESSORS, 12.0) | {"none": 40.0, "powersgd": 8.0}
     fast = slow | {"none": 7.0}
 
@@ -205,16 +210,18 @@ def test_a_fast_link_is_probed_with_more_bytes(monkeypatch, bytes_per_s, largest
         return 0.01 + 4 * tensor.numel() / bytes_per_s
 
     monkeypatch.setattr(probe, "_allreduce_s", takes_s)
+    monkeypatch.setattr(probe, "_alltoall_s", lambda comm, part, device: 0.01 + 3 * 4 * part / bytes_per_s)
     link = run_threads(2, lambda comm: probe_link(comm, torch.device("cpu")))[0]
     assert max(sent) == largest
-    assert link.bytes_per_s == pytest.approx(bytes_per_s, rel=1e-4)
+    assert link.ring_bytes_per_s == pytest.approx(bytes_per_s, rel=1e-4)
+    assert link.alltoall_bytes_per_s == pytest.approx(bytes_per_s / 3, rel=1e-4)
     assert link.latency_s == pytest.approx(0.01, rel=0.01)
     assert link.probe_s > 0
 
 
 def test_probes_of_the_link_take_one_per_cent_at_most(known_costs, monkeypatch):
     probed = []
-    link = Link(1e-3, 4e6, probe_s=1.6)
+    link = even_link(1e-3, 4e6, probe_s=1.6)
     monkeypatch.setattr(policy, "probe_link", lambda comm, device: probed.append(comm.rank()) or link)
     tails_s = dict.fromkeys(COMPRESSORS, 10.0) | {"powersgd": 1.0}
     updates = 500
@@ -321,10 +328,48 @@ def test_of_an_entry_the_quicker_time_to_leave_is_taken(entry):
 
 
 def test_prediction_follows_the_model():
-    link, cost = Link(0.01, 1e6), Cost(codec_s=0.1, wire_bytes=2_000_000)
+    link, cost = even_link(0.01, 1e6), Cost(codec_s=0.1, wire_bytes=2_000_000, alltoall_bytes=1_000_000)
     assert predicted_tail_s(Choice("x", False), cost, link, backward_s=1.0) == pytest.approx(1.0 + 0.1 + 2.01)
     assert predicted_tail_s(Choice("x", True), cost, link, backward_s=1.0) == pytest.approx(0.5 + 0.1 + 2.01)
     assert predicted_tail_s(Choice("x", True), cost, link, backward_s=10.0) == pytest.approx(10.1)
+    shared = Link(0.01, 1e6, 0.25e6)
+    assert predicted_tail_s(Choice("x", False), cost, shared, backward_s=1.0) == pytest.approx(1.0 + 0.1 + 0.01 + 1.0 + 4.0)
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_what_goes_straight_to_its_receivers_is_told_from_what_goes_around_a_ring(size):
+    """One byte for each number, a part of them to each worker."""
+    buckets = buckets_of([(size << 16,)])
+    costs = {name: measure_cost(make(Comms(warmup_updates=0)), buckets, EchoComm(size)) for name, make in COMPRESSORS.items()}
+    assert {name for name, cost in costs.items() if cost.alltoall_bytes == 0} == {"none", "powersgd"}
+    assert costs["int8"].alltoall_bytes == pytest.approx((size - 1) << 16, rel=0.05)
+    assert all(cost.alltoall_bytes < cost.wire_bytes for cost in costs.values())
+
+
+def test_what_a_shared_link_slows_down_is_predicted_no_shorter_than_it_will_be(known_costs, monkeypatch):
+    """A host whose workers share its way to others: what goes around a ring crosses it once, an alltoall once for each pair of workers."""
+    monkeypatch.setattr(policy, "probe_link", lambda comm, device: Link(1e-3, 1e6, 0.3e6))
+    wire_bytes = {"none": 4_000_000, "int8": 100_000, "powersgd": 160_000}
+    costs = {name: Cost(0.0, num_bytes, num_bytes // 2 if name == "int8" else 0) for name, num_bytes in wire_bytes.items()}
+    far = Cost(0.0, 10_000_000, 0)
+    monkeypatch.setattr(policy, "probe_costs", lambda makers, buckets, comm: {name: costs.get(name, far) for name in makers})
+    tails_s = dict.fromkeys(COMPRESSORS, 4.0) | {"int8": 0.4, "powersgd": 0.3}
+    seen = run_threads(2, lambda comm: drive(comm, tails_s, 60)[1])
+    assert seen[0][-1].entry == "powersgd"
+
+
+def test_a_worker_that_is_late_by_turns_is_no_change(known_costs):
+    """In each update one of five is late: the median of the latest is twice what any of them takes by its own median."""
+
+    def work(comm: ThreadComm) -> int:
+        compressor, looks = build_compressor(Comms(), BOTH), 0
+        for index in range(LOOK_EVERY * 4):
+            was_settled = compressor.settled()
+            update(compressor, comm, 2.0 if index % 5 == comm.rank() else 1.0, 0.05)
+            looks += was_settled and not compressor.settled()
+        return looks
+
+    assert run_threads(5, work) == [0] * 5
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
