@@ -130,14 +130,19 @@ def peer_jobs(parsed: argparse.Namespace, place: Place, rows: Rows, precision: s
 
 
 def measure_compute(parsed: argparse.Namespace, place: Place, variant: str) -> dict[str, float]:
-    """Seconds of a step of plain processes, the median of the repeats of their mean, and the bytes of the gradients."""
-    job = place.job(worker_argv(parsed, variant, "--alone"))
+    """Seconds of a step of plain processes that wait for each other in each, the median of the repeats, and the bytes of the gradients.
+
+    Where a machine disturbs now one worker and now another, steps in step take longer than those of workers by themselves.
+    """
+    job = place.job(worker_argv(parsed, variant, "--in-step"))
     times = []
     for repeat in range(parsed.repeats):
         progress(f"compute time, repeat {repeat + 1} of {parsed.repeats}")
         reports = side_by_side(place, job)
         times.append(statistics.mean(each["step_s"] for each in reports))
-    return {**spread(times), "gradient_bytes": reports[0]["gradient_bytes"]}
+    compute = spread(times)
+    print(f"computing takes {compute['median_s'] * 1e3:.0f} ms a step ({compute['min_s'] * 1e3:.0f} to {compute['max_s'] * 1e3:.0f})")
+    return {**compute, "gradient_bytes": reports[0]["gradient_bytes"]}
 
 
 def ratio_rate(ratio: float, compute: dict[str, float], num_workers: int) -> str:

@@ -1,7 +1,7 @@
 """One process of ``bench scaling``: takes training steps and reports their median time.
 
-Started by horovodrun or mpirun it exchanges every step; started beside others, with ``--alone`` or ``--sockets``, it never initialises
-Horovod, and exchanges nothing, or as many bytes over plain sockets.
+Started by horovodrun or mpirun it exchanges every step; started beside others, with ``--alone``, ``--in-step`` or ``--sockets``, it never
+initialises Horovod, and exchanges nothing, waits for the others, or exchanges as many bytes over plain sockets.
 """
 
 from __future__ import annotations
@@ -21,6 +21,22 @@ from horoyolo.distributed.comm import open_comm
 from horoyolo.distributed.exchange import Exchange
 from horoyolo.engine.build import overlaps
 from horoyolo.engine.device import Numerics, cycle_time_ms
+
+
+class WaitForAll:
+    """Moves nothing, but waits for all before the optimizer: a step takes as long as the slowest worker's, and that is what an exchange adds to."""
+
+    def __init__(self, starter: Starter):
+        self._starter = starter
+
+    def arm(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        self._starter.allgather(None)
+
+    def measure(self) -> None:
+        pass
 
 
 class SocketExchange:
@@ -53,10 +69,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--variant", choices=VARIANTS, required=True)
     parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--in-step", action="store_true")
     parser.add_argument("--sockets", action="store_true")
     parsed = parser.parse_args()
     torch.set_num_threads(1)
-    if parsed.alone or parsed.sockets:
+    if parsed.alone or parsed.in_step or parsed.sockets:
         step_beside_others(parsed, Starter())
     else:
         step_together(parsed)
@@ -65,7 +82,9 @@ def main() -> None:
 def step_beside_others(parsed: argparse.Namespace, starter: Starter) -> None:
     """Measures steps without Horovod."""
     stepper = _stepper(parsed, starter.rank)
-    if parsed.sockets:
+    if parsed.in_step:
+        stepper.exchange = WaitForAll(starter)
+    elif parsed.sockets:
         stepper.exchange = SocketExchange(SocketRing(starter), stepper.model)
     stepper.seconds(WARMUP_STEPS)
     measured = stepper.measure(parsed.steps, lambda: starter.allgather(None))

@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,10 @@ from horoyolo.bench.compression import entry_comms, ratio_rate, summary
 from horoyolo.bench.processes import Place, side_by_side
 from horoyolo.bench.ring import SocketRing
 from horoyolo.bench.timing import Costs, TimedCompressor
+from horoyolo.bench.worker import WaitForAll
 from horoyolo.launch.hosts import local_hosts
 from horoyolo.launch.remote import LaunchError, Ssh
+from horoyolo.model.yolo import build_model
 
 
 class ThreadStarter:
@@ -51,6 +54,29 @@ def test_sockets_sum_over_the_ring(size: int, numel: int) -> None:
     with ThreadPoolExecutor(size) as pool:
         for values in pool.map(summed, range(size)):
             np.testing.assert_array_equal(values, np.arange(numel, dtype=np.float32) * (size * (size + 1) // 2 * size))
+
+
+def test_who_keeps_in_step_waits_for_the_slowest() -> None:
+    board, barrier, arrived = [None] * 2, threading.Barrier(2), []
+
+    def finish(rank: int) -> int:
+        exchange = WaitForAll(ThreadStarter(rank, 2, board, barrier))
+        exchange.arm()
+        time.sleep(0.1 * rank)
+        arrived.append(rank)
+        exchange.finish()
+        return len(arrived)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(finish, range(2))) == [2, 2]
+
+
+def test_computing_is_measured_by_processes_in_step(capsys: pytest.CaptureFixture[str]) -> None:
+    parsed = argparse.Namespace(repeats=1, cfg="yolov5n", img=64, batch=1, steps=1)
+    compute = compression.measure_compute(parsed, place(2), "fp32 NCHW")
+    assert compute["gradient_bytes"] == 4 * sum(param.numel() for param in build_model("yolov5n", 80).parameters())
+    assert 0 < compute["median_s"] < 60
+    assert f"computing takes {compute['median_s'] * 1e3:.0f} ms a step" in capsys.readouterr().out
 
 
 def test_a_report_is_heard_behind_the_words_of_a_launcher() -> None:
