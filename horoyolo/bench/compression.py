@@ -8,7 +8,7 @@ import random
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from horoyolo.bench.compression_worker import row_words
@@ -24,6 +24,7 @@ from horoyolo.compression.build import AUTO, COMPRESSORS
 from horoyolo.config import Comms, Config, InputError, check_values, override
 from horoyolo.files import write_json
 
+COMPUTE_STEPS = 8  # at least, of workers that only compute: a second or more, since disturbances last as long
 OVERLAPS = {"no": (False,), "yes": (True,)}
 PARTS = ("encode_s", "wait_s", "decode_s", "wire_bytes", "interface_bytes")  # of a step, beside its time
 Rows = list[tuple[str, Comms, tuple[bool, ...]]]
@@ -36,23 +37,24 @@ def bench_compression(parsed: argparse.Namespace) -> dict[str, Any]:
     rows = chosen_rows(parsed.entries or list(COMPRESSORS), parsed.overlap)
     variant = variant_name(parsed.precision, "channels_last")
     peers = peer_jobs(parsed, place, rows, variant.split()[0])
-    links = {rate: check_rate(rate, place) for rate in parsed.links or ([] if parsed.link_ratio else [AS_IT_IS])}
+    links = [Link(rate, check_rate(rate, place)) for rate in parsed.links or ([] if parsed.link_ratio else [AS_IT_IS])]
+    links += [Link(f"ratio {ratio:g}", ratio=ratio) for ratio in parsed.link_ratio]
     if parsed.link_ratio and not place.nic:
         raise InputError("--link-ratio: only a link between hosts can be made slower; --hosts names some, --nic their interface")
 
     report: dict[str, Any] = {"machine": machine(), "settings": settings(parsed), "workers": place.num_workers, "links": {}}
     with orderly_end():
-        if parsed.link_ratio:
-            report["compute"] = compute = measure_compute(parsed, place, variant)
-            links |= {f"ratio {ratio:g}": ratio_rate(ratio, compute, place.num_workers) for ratio in parsed.link_ratio}
         errors: dict[str, dict[str, float]] = {}
-        for label, rate in links.items():
-            with shaped(place, rate):
-                figures, found = measure_link(parsed, place, rows, variant, peers, label, with_errors=not errors)
-            errors = errors or found
-            report["links"][label] = {"rate": rate, **summary(figures, errors)}
-            print(f"{place.name}, {_link_name(label, rate)}, {parsed.cfg}, {parsed.img} px, {parsed.batch} images each, {variant}")
-            print_table(report["links"][label])
+        for link in links:
+            measured = measure_link(parsed, place, rows, variant, peers, link, with_errors=not errors)
+            errors = errors or measured.errors
+            told = {"rate": link.rate, **summary(measured.figures, errors)}
+            if link.ratio:
+                told["compute"] = {**spread(measured.compute_s), "gradient_bytes": measured.gradient_bytes}
+                told["rate"] = ratio_rate(link.ratio, told["compute"], place.num_workers)
+            report["links"][link.label] = told
+            print(f"{place.name}, {_link_name(link.label, told['rate'])}, {parsed.cfg}, {parsed.img} px, {parsed.batch} images each, {variant}")
+            print_table(told)
     print("\n".join(verdict_lines(report["links"], parsed.entries or list(COMPRESSORS))))
     if parsed.json:
         write_json(parsed.json, report)
@@ -129,55 +131,76 @@ def peer_jobs(parsed: argparse.Namespace, place: Place, rows: Rows, precision: s
     return [peer for name in parsed.peers or PEERS for peer in known[name]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """One to be measured on: of a ``rate`` as tc writes it, or on which a plain exchange takes ``ratio`` times as long as a step computes."""
+
+    label: str
+    rate: str = AS_IT_IS
+    ratio: float = 0.0
+
+
+@dataclasses.dataclass
+class Measured:
+    """What was measured on one link."""
+
+    figures: Repeats  # of every row and peer
+    errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # of sums
+    compute_s: list[float] = dataclasses.field(default_factory=list)  # of a step, in each repeat, where the link goes by it
+    gradient_bytes: int = 0
+
+
 def measure_compute(parsed: argparse.Namespace, place: Place, variant: str) -> dict[str, float]:
-    """Seconds of a step of plain processes that wait for each other in each, the median of the repeats, and the bytes of the gradients.
+    """Seconds of a step of plain processes that wait for each other in each, and the bytes of the gradients.
 
     Where a machine disturbs now one worker and now another, steps in step take longer than those of workers by themselves.
     """
-    job = place.job(worker_argv(parsed, variant, "--in-step"))
-    times = []
-    for repeat in range(parsed.repeats):
-        progress(f"compute time, repeat {repeat + 1} of {parsed.repeats}")
-        reports = side_by_side(place, job)
-        times.append(statistics.mean(each["step_s"] for each in reports))
-    compute = spread(times)
-    print(f"computing takes {compute['median_s'] * 1e3:.0f} ms a step ({compute['min_s'] * 1e3:.0f} to {compute['max_s'] * 1e3:.0f})")
-    return {**compute, "gradient_bytes": reports[0]["gradient_bytes"]}
+    longer = argparse.Namespace(**{**vars(parsed), "steps": max(parsed.steps, COMPUTE_STEPS)})
+    first = side_by_side(place, place.job(worker_argv(longer, variant, "--in-step")))[0]
+    return {"median_s": first["step_s"], "gradient_bytes": first["gradient_bytes"]}
 
 
-def ratio_rate(ratio: float, compute: dict[str, float], num_workers: int) -> str:
+def ratio_rate(ratio: float, compute: Mapping[str, float], num_workers: int) -> str:
     """The link speed, as tc writes it, at which a ring allreduce of the gradients takes ``ratio`` times the compute time of a step."""
     bits = 8 * ring_bytes(int(compute["gradient_bytes"]), num_workers)
     return f"{bits / (ratio * compute['median_s']) / 1e3:.0f}kbit"
 
 
 def measure_link(
-    parsed: argparse.Namespace, place: Place, rows: Rows, variant: str, peers: Sequence[Peer], label: str, with_errors: bool
-) -> tuple[Repeats, dict[str, dict[str, float]]]:
-    """Figures of every row and peer in each repeat, and the errors of sums.
+    parsed: argparse.Namespace, place: Place, rows: Rows, variant: str, peers: Sequence[Peer], link: Link, with_errors: bool
+) -> Measured:
+    """All rows and peers on one link.
 
-    One job takes all rows in turn, which pairs them best; where peers take turns too it is started again in each repeat, before or after them.
+    One job takes all rows in turn, which pairs them best. Where peers take turns too it is started again in each repeat, before or after them; so
+    it is where the link goes by what computing takes, which is measured anew each time: on a disturbed machine it is not what it was.
     """
-    figures: Repeats = {name: defaultdict(list) for name in [*(name for name, _, _ in rows), *(peer.name for peer in peers)]}
-    errors: dict[str, dict[str, float]] = {}
-    num_jobs, repeats = (parsed.repeats, 1) if peers else (1, parsed.repeats)
+    measured = Measured({name: defaultdict(list) for name in [*(name for name, _, _ in rows), *(peer.name for peer in peers)]})
+    num_jobs, repeats = (parsed.repeats, 1) if peers or link.ratio else (1, parsed.repeats)
     words = [*size_words(parsed), "--repeats", str(repeats), "--variant", variant, *row_words(rows), *(["--nic", place.nic] if place.nic else [])]
     argv = [sys.executable, "-m", "horoyolo.bench.compression_worker", *words]
+    turns = [None, *peers]  # None stands for our rows
     for number in range(num_jobs):
-        turns = [None, *peers]  # None stands for our rows
-        for peer in random.Random(number).sample(turns, len(turns)):
-            if peer is None:
-                progress(f"link {label}, job {number + 1} of {num_jobs}: {len(rows)} rows")
+        rate, so_far = link.rate, f"link {link.label}, job {number + 1} of {num_jobs}"
+        if link.ratio:
+            progress(f"{so_far}: computing alone")
+            compute = measure_compute(parsed, place, variant)
+            measured.compute_s.append(compute["median_s"])
+            measured.gradient_bytes = int(compute["gradient_bytes"])
+            rate = ratio_rate(link.ratio, compute, place.num_workers)
+        with shaped(place, rate):
+            for peer in random.Random(number).sample(turns, len(turns)):
+                progress(f"{so_far}: {peer.name if peer else f'{len(rows)} rows'}")
+                if peer is not None:
+                    for name, value in peer.run(place).items():
+                        measured.figures[peer.name][name].append(value)
+                    continue
                 numbered = [*argv, "--first-repeat", str(number), *(["--errors"] if with_errors and number == 0 else [])]
-                measured = launched(place.job(numbered), place.hosts, parsed.launcher)
-                errors = errors or measured.get("errors", {})
-            else:
-                progress(f"link {label}, repeat {number + 1} of {parsed.repeats}: {peer.name}")
-                measured = {"rows": {peer.name: {name: [value] for name, value in peer.run(place).items()}}}
-            for row, of_row in measured["rows"].items():
-                for name, values in of_row.items():
-                    figures[row][name] += values
-    return figures, errors
+                job = launched(place.job(numbered), place.hosts, parsed.launcher)
+                measured.errors |= job.get("errors", {})
+                for row, of_row in job["rows"].items():
+                    for name, values in of_row.items():
+                        measured.figures[row][name] += values
+    return measured
 
 
 def summary(figures: Repeats, errors: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -201,6 +224,9 @@ def is_plain(name: str) -> bool:
 
 def print_table(link: dict[str, Any]) -> None:
     """Times in milliseconds a step, bytes in MB a step of one worker (declared) and of its host (on the wire)."""
+    if "compute" in link:
+        median_ms, min_ms, max_ms = (link["compute"][which] * 1e3 for which in ("median_s", "min_s", "max_s"))
+        print(f"computing alone takes {median_ms:.0f} ms a step ({min_ms:.0f} to {max_ms:.0f} in the repeats)")
     heads = ("ms a step", "min", "max", "encode", "wait", "decode", "MB", "on wire", "error", "fed back", "against plain")
     print(f"{'':34}" + "".join(f"{head:>10}" for head in heads[:-1]) + f"{heads[-1]:>15}")
     for name, row in link["rows"].items():

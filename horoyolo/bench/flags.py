@@ -64,7 +64,7 @@ def describe_compression(parser: argparse.ArgumentParser) -> None:
         "interface has, and leaves the kernel's default behind"
     )
     parser.add_argument("--links", nargs="+", default=None, metavar="RATE", help=links)
-    ratio = "also links on which summing plainly takes R times as long as a step computes, which is measured first"
+    ratio = "also links on which summing plainly takes R times as long as a step computes, which is measured before each repeat"
     parser.add_argument("--link-ratio", nargs="+", type=above_zero, default=[], metavar="R", help=ratio)
     peers = "others in the same alternating repeats: stock Horovod's optimizer and PyTorch DDP over Gloo with its hooks; bare: all of them"
     parser.add_argument("--peers", nargs="*", default=None, choices=PEERS, help=peers)
