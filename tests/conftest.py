@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import resource
 import signal
@@ -74,6 +75,32 @@ def file_limit() -> Callable[[int], AbstractContextManager[None]]:
             signal.signal(signal.SIGXFSZ, before)
 
     return limited
+
+
+@pytest.fixture
+def in_terminal() -> Iterator[Callable[..., tuple[subprocess.Popen, Callable[[], None]]]]:
+    """``process, hang_up = in_terminal(argv)``: a program as the first of a session with a terminal. ``hang_up()`` takes that away as when a log-in
+    breaks off: the system sends SIGHUP, and every write to the terminal fails from then on. The program is killed after the test."""
+    started: list[subprocess.Popen] = []
+
+    def start(argv: list[str], env: dict[str, str] | None = None) -> tuple[subprocess.Popen, Callable[[], None]]:
+        master, slave = pty.openpty()
+        reader = subprocess.Popen(["cat"], stdin=master, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # with it goes the terminal
+        process = subprocess.Popen(["setsid", "--ctty", *argv], stdin=slave, stdout=slave, stderr=slave, env=env)
+        os.close(master)
+        os.close(slave)
+        started.extend([process, reader])
+
+        def hang_up() -> None:
+            reader.kill()
+            reader.wait()
+
+        return process, hang_up
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ FLOORS = {
     "config": 1,
     "files": 1,
     "flag_types": 1,
+    "signals": 1,
     "data": 2,
     "model": 2,
     "compression": 2,
@@ -38,7 +39,7 @@ ONLY_IN = {
     "horovod": {"distributed/comm.py", "elastic/state.py"},
     "mpi4py": {"distributed/pipeline.py", "launch/doctor.py"},
 }
-WITHOUT_TORCH = ("config.py", "files.py", "flag_types.py", "flags.py", "cli.py", "launch/*.py", "data/spec.py")
+WITHOUT_TORCH = ("config.py", "files.py", "flag_types.py", "flags.py", "signals.py", "cli.py", "launch/*.py", "data/spec.py")
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

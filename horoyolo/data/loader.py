@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from horoyolo.config import InputError
 from horoyolo.data.dataset import EvalDataset, EvalSample, Sample, TrainDataset
 from horoyolo.data.sampler import Key, Sampler, share
+from horoyolo.signals import REQUESTS
 
 MAX_WORKERS = 8
 
@@ -195,7 +196,7 @@ def _build(dataset: Any, batches: Any, collate: Any, num_workers: int, pin_memor
 
 def _start_worker(_: int) -> None:
     # A request to stop may reach a whole process group: it is the training process's to handle, which ends its loaders.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

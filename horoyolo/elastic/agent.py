@@ -32,6 +32,7 @@ from horoyolo.elastic.channel import ALIVE_EVERY_S, FD, LEASE_S, MEMORY, SLOT, L
 from horoyolo.elastic.forkserver import Forked, ForkServer, ServerGone, can_fork
 from horoyolo.launch.agent import kill_job
 from horoyolo.launch.status import STATUS_DIR, make_folder, remove_notes, take_status
+from horoyolo.signals import REQUESTS
 
 SHARED_MEMORY = Path("/dev/shm")
 MEMORY_SUFFIX = "-memory"
@@ -279,7 +280,7 @@ def _lock(folder: Path) -> int | None:
 
 def main(folder: Path) -> None:
     """Serve one job on this host from its beginning to its end."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in REQUESTS:
         signal.signal(number, lambda *_: None)  # the launcher decides when the job ends; unlike SIG_IGN, workers don't inherit this
     kill_job(folder)
     make_folder(folder)

@@ -53,9 +53,9 @@ class Elastic:
 def run_elastic(job: Job, elastic: Elastic) -> int:
     """Run an elastic job to its end and return its exit status: 0 done, 1 failed, 2 bad input, 75 stopped on request or for want of workers.
 
-    The first SIGINT, SIGTERM or SIGUSR1 has the workers stop at an agreed step; another one, at least two seconds later, kills them. No process of
-    the job outlives this call, on any host that can be reached; on others they end by themselves within LEASE_S. Call it from the main thread;
-    ``job.env`` names the status folder, ``job.num_workers`` is of no meaning.
+    The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP has the workers stop at an agreed step; another one, at least two seconds later, kills them. No
+    process of the job outlives this call, on any host that can be reached; on others they end by themselves within LEASE_S. Call it from the main
+    thread; ``job.env`` names the status folder, ``job.num_workers`` is of no meaning.
     """
     with SignalLog() as signals:
         coordinator = Coordinator(job, elastic)

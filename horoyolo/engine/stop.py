@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from horoyolo.signals import heeded_requests, leave_lost_terminal
+
 STOP = "STOP"  # the file's name
 LOOK_EVERY_S = 1.0
 SECOND_SIGNAL_AFTER_S = 2.0  # one Ctrl-C may reach a worker several times: from the terminal and from launchers
@@ -43,6 +45,7 @@ class StopRequest:
 
     def on_signal(self, signum: int, frame: FrameType | None = None) -> None:
         """Notes the first signal; one that comes at least 2 s later raises KeyboardInterrupt, which ends the worker at once."""
+        leave_lost_terminal()  # whatever the signal: it may come from a launcher, whose terminal a single worker shares
         now_s = time.monotonic()
         if self._first_s is None:
             self._first_s = now_s
@@ -51,10 +54,10 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals(signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)) -> Iterator[StopRequest]:
-    """A StopRequest that ``signals`` set while the block runs; afterwards the handlers are as they were."""
+def stop_on_signals() -> Iterator[StopRequest]:
+    """A StopRequest that signals set while the block runs; afterwards the handlers are as they were."""
     request = StopRequest()
-    before = {number: signal.signal(number, request.on_signal) for number in signals}
+    before = {number: signal.signal(number, request.on_signal) for number in heeded_requests()}
     try:
         yield request
     finally:

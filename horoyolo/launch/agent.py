@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from horoyolo.launch.status import STATUS_DIR, announced_workers, make_folder, remove_notes, reported_statuses
+from horoyolo.signals import REQUESTS
 
 POLL_S = 0.1
 LEASE_S = 15.0
@@ -112,7 +113,7 @@ def kill_job(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """Serve one job from its beginning to its end."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)  # the launcher decides when the job ends
     make_folder(folder)
     agent = Agent(folder)

@@ -25,8 +25,8 @@ from horoyolo.launch.remote import LaunchError, is_this_machine, ssh_argv
 from horoyolo.launch.session import ssh_to
 from horoyolo.launch.slurm import SlurmOptions, srun_command
 from horoyolo.launch.status import STATUS_DIR, job_status
+from horoyolo.signals import heeded_requests, leave_lost_terminal
 
-REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 POLL_S = 0.05
 SECOND_SIGNAL_S = 2.0  # a signal sooner than that after the first is the same wish: terminals and launchers often send it twice
 GRACE_S = 15.0  # horovodrun itself takes up to 10 s to end its workers
@@ -47,9 +47,9 @@ def job_command(job: Job, hosts: Sequence[Host], launcher: str, options: SlurmOp
 def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun", options: SlurmOptions | None = None) -> int:
     """Run the workers and return their exit status: 0 done, 1 failed or killed, 2 bad input, 75 stopped on request.
 
-    The first SIGINT, SIGTERM or SIGUSR1 is handed to the workers, which then stop at an agreed step; another one, at least two seconds later, kills
-    them. No process of the job outlives this call, on any host, nor this process itself. Call it from the main thread; ``job.env`` names the
-    status folder.
+    The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP is handed to the workers, which then stop at an agreed step; another one, at least two seconds
+    later, kills them. No process of the job outlives this call, on any host, nor this process itself. Call it from the main thread; ``job.env``
+    names the status folder.
 
     Raises InputError when the launcher is not known or not installed, LaunchError when a host can't be used.
     """
@@ -68,7 +68,7 @@ def run_job(job: Job, hosts: Sequence[Host], launcher: str = "horovodrun", optio
 
 
 class SignalLog:
-    """While it is open, requests to stop (``REQUESTS``) are only noted."""
+    """While it is open, requests to stop are only noted."""
 
     def __init__(self) -> None:
         self.first: int | None = None  # number of the first signal
@@ -76,7 +76,7 @@ class SignalLog:
         self._first_s = 0.0
 
     def __enter__(self) -> SignalLog:
-        self._previous = {number: signal.signal(number, self._note) for number in REQUESTS}
+        self._previous = {number: signal.signal(number, self._note) for number in heeded_requests()}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -84,6 +84,9 @@ class SignalLog:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        leave_lost_terminal()
+        if number == signal.SIGHUP:
+            number = signal.SIGTERM  # which workers heed even where they were started with SIGHUP ignored
         if self.first is None:
             self.first, self._first_s = number, time.monotonic()
         elif time.monotonic() - self._first_s >= SECOND_SIGNAL_S:

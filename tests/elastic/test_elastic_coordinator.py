@@ -114,7 +114,7 @@ def test_max_np_is_the_most(start_elastic):
     assert third[1]["worker"] == f"{os.uname().nodename}.2"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_request_to_stop_ends_the_job_with_75(start_elastic, number):
     job = start_elastic(slots=2, min_np=2)
     job.wait_for(1, 2)

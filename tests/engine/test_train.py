@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -161,14 +162,32 @@ def test_flags_of_yolov5_say_what_is_learned_scored_and_kept(dataset: Path, tmp_
 def stop_after(argv: list[str], folder: Path, num_steps: int) -> None:
     """Starts a run and stops it with SIGTERM when it has taken ``num_steps`` steps; it ends with 75."""
     process = subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while not (folder / "steps.csv").exists() or len(steps(folder.parent, folder.name)) < num_steps:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
+    wait_for_steps(process, folder, num_steps)
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIMEOUT_S) == 75
     process.communicate()
+
+
+def wait_for_steps(process: subprocess.Popen, folder: Path, num_steps: int) -> None:
+    """Returns when a run has taken so many."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not (folder / "steps.csv").exists() or len(steps(folder.parent, folder.name)) < num_steps:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_run_whose_terminal_goes_away_stops_with_a_checkpoint(
+    dataset: Path, tmp_path: Path, in_terminal: Callable[..., tuple[subprocess.Popen, Callable[[], None]]], num_workers: int
+) -> None:
+    """Loaders belong to the terminal as well, and a progress line would be written to it."""
+    process, hang_up = in_terminal(command(dataset, tmp_path, "run", num_workers, "--epochs", 40, "--workers", 1), environment())
+    wait_for_steps(process, tmp_path / "run", num_steps=4)
+    hang_up()
+    assert process.wait(TIMEOUT_S) == 75
+    taken = int(steps(tmp_path, "run")[-1]["step"])
+    assert (tmp_path / "run" / "checkpoints" / f"step-{taken:08d}.pt").is_file()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from horoyolo.launch.status import announce_worker, report_status
+from horoyolo.signals import leave_lost_terminal
 
 
 def main(plan: str, out: Path) -> int:
@@ -27,6 +28,8 @@ def main(plan: str, out: Path) -> int:
         (out / f"ready.{rank}").touch()
         while not stop:
             time.sleep(0.02)
+        leave_lost_terminal()
+        print("stopping", "." * (1 << 18), flush=True)  # more than a pipe holds
         time.sleep(0.5 * rank)
         (out / f"stopped.{rank}").touch()
         return report_status(75)

@@ -74,24 +74,33 @@ def status_env() -> dict[str, str]:
 
 
 @pytest.fixture
-def start_job(tmp_path):
-    """``start_job(plan, num_workers, launcher)`` starts a launcher in a process of its own; whatever is left of its workers is killed."""
-    processes = []
+def launch_argv(tmp_path):
+    """``launch_argv(plan, num_workers, launcher)`` are the words that start a launcher; whatever is left of its workers is killed."""
 
-    def start(plan: str, num_workers: int, launcher: str = "horovodrun") -> subprocess.Popen:
+    def words(plan: str, num_workers: int, launcher: str = "horovodrun") -> list[str]:
         if num_workers > 1:
             pytest.importorskip("horovod", reason="Horovod is not installed (scripts/setup.sh builds it)")
-        argv = [sys.executable, "-c", LAUNCH, plan, str(num_workers), launcher, str(tmp_path), STUB]
-        processes.append(subprocess.Popen(argv))
+        return [sys.executable, "-c", LAUNCH, plan, str(num_workers), launcher, str(tmp_path), STUB]
+
+    yield words
+    for pid in worker_pids(tmp_path):
+        if is_running(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def start_job(launch_argv):
+    """``start_job(plan, num_workers, launcher)`` starts a launcher in a process of its own."""
+    processes = []
+
+    def start(*words: str | int) -> subprocess.Popen:
+        processes.append(subprocess.Popen(launch_argv(*words)))
         return processes[-1]
 
     yield start
     for process in processes:
         process.kill()
         process.wait()
-    for pid in worker_pids(tmp_path):
-        if is_running(pid):
-            os.kill(pid, signal.SIGKILL)
 
 
 def worker_pids(folder: Path) -> list[int]:
@@ -127,6 +136,27 @@ def test_a_request_to_stop_reaches_all_workers_and_leaves_them_time(launcher, nu
     process.send_signal(number)  # too soon to be meant
     assert process.wait(40) == 75
     assert len(list(tmp_path.glob("stopped.*"))) == 2
+
+
+@pytest.mark.parametrize(("num_workers", "launcher"), [(1, "horovodrun"), (2, "horovodrun"), (2, "mpirun")])
+def test_a_terminal_that_goes_away_is_a_request_to_stop(num_workers, launcher, launch_argv, in_terminal, tmp_path):
+    """Nobody reads what launcher and workers say any more; they end in order all the same."""
+    process, hang_up = in_terminal(launch_argv("stop", num_workers, launcher))
+    wait_until(lambda: len(list(tmp_path.glob("ready.*"))) == num_workers)
+    hang_up()
+    assert process.wait(40) == 75
+    assert len(list(tmp_path.glob("stopped.*"))) == num_workers
+
+
+def test_a_job_that_was_started_to_outlive_its_terminal_does(launch_argv, in_terminal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nohup.out
+    process, hang_up = in_terminal(["nohup", *launch_argv("stop", 1, "horovodrun")])
+    wait_until(lambda: list(tmp_path.glob("ready.*")))
+    hang_up()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(40) == 75
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
