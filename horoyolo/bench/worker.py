@@ -23,23 +23,27 @@ from horoyolo.engine.build import overlaps
 from horoyolo.engine.device import Numerics, cycle_time_ms
 
 
-class WaitForAll:
-    """Moves nothing, but waits for all before the optimizer: a step takes as long as the slowest worker's, and that is what an exchange adds to."""
-
-    def __init__(self, starter: Starter):
-        self._starter = starter
+class AfterBackward:
+    """An exchange that does all it does when backward is over, in its ``finish``."""
 
     def arm(self) -> None:
         pass
-
-    def finish(self) -> None:
-        self._starter.allgather(None)
 
     def measure(self) -> None:
         pass
 
 
-class SocketExchange:
+class WaitForAll(AfterBackward):
+    """Moves nothing, but waits for all before the optimizer: a step takes as long as the slowest worker's, and that is what an exchange adds to."""
+
+    def __init__(self, starter: Starter):
+        self._starter = starter
+
+    def finish(self) -> None:
+        self._starter.allgather(None)
+
+
+class SocketExchange(AfterBackward):
     """Moves as many bytes as the gradients have and adds them up, in the same place of a step; the gradients themselves stay where they are.
 
     No exchange of gradients can be quicker with sockets like these: it would have to gather and spread them too.
@@ -50,14 +54,8 @@ class SocketExchange:
         self._values = np.zeros(sum(param.numel() for param in model.parameters()), np.float32)
         self._values.fill(0.0)  # memory that is there before the clock runs
 
-    def arm(self) -> None:
-        pass
-
     def finish(self) -> None:
         self._ring.allreduce(self._values)
-
-    def measure(self) -> None:
-        pass
 
 
 def main() -> None:
