@@ -46,6 +46,15 @@ def test_tuning_travels_and_little_else():
     assert travelling_env(HERE) == {name: HERE[name] for name in ("PATH", "NCCL_DEBUG", "HOROVOD_CYCLE_TIME", "OMP_NUM_THREADS", "NCCL_IB_PKEY")}
 
 
+@pytest.mark.parametrize("name", ["HOROVOD_HIERARCHICAL_ALLREDUCE", "HOROVOD_HIERARCHICAL_ALLGATHER", "HOROVOD_AUTOTUNE", "HOROVOD_AUTOTUNE_LOG"])
+def test_horovods_own_tuning_passes_through(name):
+    """There are no options of ours for it, and nothing here sets it."""
+    assert travelling_env({name: "1"}) == {name: "1"}
+    assert job_env(HOSTS, 8, {name: "1"})[name] == "1"
+    assert name not in job_env(local_hosts(2), 8, {name: "1"})  # inherited as it is
+    assert name not in worker_env(2, 8, {})
+
+
 def test_python_starts_on_other_hosts_with_what_it_needs(tmp_path, monkeypatch):
     """That of an environment module finds no library of its own otherwise; what is told to ssh is looked at."""
     needs = {"LD_LIBRARY_PATH": "/opt/python/lib", "PYTHONPATH": "/checkout"}
