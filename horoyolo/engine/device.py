@@ -9,6 +9,7 @@ import torch
 
 from horoyolo.config import Config, InputError
 from horoyolo.distributed.comm import sums_by_nccl
+from horoyolo.engine.bf16 import lacks_bf16, rounded_convolutions
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Numerics:
         """The context a forward pass runs in."""
         if self.dtype == torch.float32:
             return nullcontext()
+        if self.device.type == "cpu" and lacks_bf16():
+            return rounded_convolutions()
         return torch.autocast(self.device.type, self.dtype)
 
     def as_input(self, images: torch.Tensor) -> torch.Tensor:
