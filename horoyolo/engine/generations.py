@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from horoyolo.distributed.comm import CommBroken
+from horoyolo.compression.base import Compressor
+from horoyolo.distributed.comm import Comm, CommBroken
 from horoyolo.elastic.member import Member, Place
 from horoyolo.elastic.state import ElasticComm
 from horoyolo.engine.build import Training
@@ -155,20 +156,33 @@ def watch(job: Training, hooks: list[Hook], last_step: int | None) -> None:
 
 
 def end_in_order(job: Training, member: Member) -> bool:
-    """What workers that leave for good have not sent yet goes to the first that stays. Whether this worker leaves."""
+    """What workers that leave for good have not sent yet goes to one that stays. Whether this worker leaves."""
     member.wait_change()
-    comm, rank = job.comm, job.comm.rank()
-    everyone = comm.allgather_object((member.leaving, bool(job.compressor.rank_state_dict())))
-    heir = next((other for other, (leaves, _) in enumerate(everyone) if not leaves), None)
-    for giver, (leaves, has_residuals) in enumerate(everyone):
-        if not (leaves and has_residuals) or heir is None:
-            continue
-        given = broadcast_state(job.compressor.rank_state_dict() if rank == giver else None, comm, giver)
-        if rank == heir:
-            own = job.compressor.rank_state_dict()
-            both = {name: own[name] + part.to(own[name].device) if name in own else part for name, part in given.items()}
-            job.compressor.load_rank_state_dict(own | both)
+    hand_over(job.compressor, job.comm, member.leaving)
     return member.leaving
+
+
+def hand_over(compressor: Compressor, comm: Comm, leaves: bool) -> None:
+    """The residuals of workers that leave are added to those of the first that stays, where one does.
+
+    Nobody changes anything before all of them have arrived: if this breaks off, every residual is its owner's still, and no other's besides.
+    """
+    rank, own = comm.rank(), compressor.rank_state_dict()
+    everyone = comm.allgather_object((leaves, bool(own)))
+    heir = next((other for other, (other_leaves, _) in enumerate(everyone) if not other_leaves), None)
+    givers = [giver for giver, (giver_leaves, has_residuals) in enumerate(everyone) if giver_leaves and has_residuals]
+    if heir is None or not givers:
+        return
+    sums = dict(own)
+    for giver in givers:
+        given = broadcast_state(own if rank == giver else None, comm, giver)
+        if rank == heir:
+            sums |= {name: sums[name] + part.to(sums[name].device) if name in sums else part for name, part in given.items()}
+    comm.barrier()
+    if rank == heir:
+        compressor.load_rank_state_dict(sums)
+    elif rank in givers:
+        compressor.load_rank_state_dict({})
 
 
 def state_at_mark(job: Training) -> dict[str, Any]:
