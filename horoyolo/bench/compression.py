@@ -20,7 +20,7 @@ from horoyolo.bench.scaling import size_words, worker_argv
 from horoyolo.bench.step import variant_name
 from horoyolo.bench.verdict import OVERLAPPED, auto_against_best, verdict_lines
 from horoyolo.compression.base import ring_bytes
-from horoyolo.compression.build import AUTO, COMPRESSORS
+from horoyolo.compression.build import AUTO, COMPRESSORS, NAMES, settings_of
 from horoyolo.config import Comms, Config, InputError, check_values, override
 from horoyolo.files import write_json
 
@@ -87,6 +87,10 @@ def entry_comms(entry: str) -> Comms:
         key, separator, value = word.partition("=")
         if not separator or key == "compression":
             raise InputError(f"--entries {entry}: NAME:KEY=VALUE is wanted, such as powersgd:powersgd_rank=2")
+        # Rows are timed after their warm-up, and ``--overlap`` says when their buckets leave.
+        known = ["bucket_mb", *(setting for setting in settings_of(name) if setting != "warmup_updates")] if name in NAMES else [key]
+        if key not in known:
+            raise InputError(f"--entries {entry}: {key} is no setting of {name} here; it has {', '.join(known)}")
         values[f"comms.{key}"] = value
     config = override(Config(), values, f"--entries {entry}")
     try:

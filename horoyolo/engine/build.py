@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from horoyolo.compression.base import Compressor
-from horoyolo.compression.build import build_compressor
+from horoyolo.compression.build import build_compressor, describe_compression
 from horoyolo.compression.dense import ExactSum
 from horoyolo.compression.feedback import ErrorFeedback
 from horoyolo.config import Comms, Config, InputError, frozen_layers
@@ -328,12 +328,6 @@ def overlaps(comms: Comms, numerics: Numerics) -> tuple[bool, ...]:
     if comms.sync_bn:
         return (False,)
     return (True,) if numerics.device.type == "cuda" else (False, True)
-
-
-def describe_compression(comms: Comms) -> str:
-    """The compression with its parameters, as one string: equal strings go on from each other's state."""
-    names = ("compression", "warmup_updates", "int8_block", "onebit_block", "topk_ratio", "powersgd_rank")
-    return ", ".join(f"{name}={getattr(comms, name)}" for name in names)
 
 
 def build_loss(config: Config, model: YOLO, counts: Tensor | None = None) -> DetectionLoss:

@@ -133,6 +133,8 @@ def test_compression_runs_peers_in_the_same_repeats(tmp_path: Path) -> None:
         (["allreduce", "--json", "."], "argument --json: . is a folder"),
         (["compression", "--entries", "topk:topk_ration=0.1"], "topk_ratio"),
         (["compression", "--entries", "topk:0.1"], "NAME:KEY=VALUE"),
+        (["compression", "--entries", "none:overlap=yes"], "overlap is no setting of none here; it has bucket_mb"),
+        (["compression", "--entries", "onebit:warmup_updates=9"], "warmup_updates is no setting of onebit here; it has bucket_mb, int8"),
         (["compression", "--links", "fast"], "200mbit"),
         (["compression", "--links", "50mbit"], "between hosts"),
         (["compression", "--link-ratio", "4"], "between hosts"),

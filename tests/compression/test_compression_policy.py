@@ -340,7 +340,7 @@ def test_prediction_follows_the_model():
 def test_what_goes_straight_to_its_receivers_is_told_from_what_goes_around_a_ring(size):
     """One byte for each number, a part of them to each worker."""
     buckets = buckets_of([(size << 16,)])
-    costs = {name: measure_cost(make(Comms(warmup_updates=0)), buckets, EchoComm(size)) for name, make in COMPRESSORS.items()}
+    costs = {name: measure_cost(entry.make(Comms(warmup_updates=0)), buckets, EchoComm(size)) for name, entry in COMPRESSORS.items()}
     assert {name for name, cost in costs.items() if cost.alltoall_bytes == 0} == {"none", "powersgd"}
     assert costs["int8"].alltoall_bytes == pytest.approx((size - 1) << 16, rel=0.05)
     assert all(cost.alltoall_bytes < cost.wire_bytes for cost in costs.values())
@@ -386,7 +386,7 @@ def test_measured_costs_are_those_of_a_real_update(name, size):
 
     buckets = buckets_of([(300, 400), (500,)])
     buckets[0].flat.copy_(gradient)
-    cost = measure_cost(COMPRESSORS[name](settings), buckets, EchoComm(size))
+    cost = measure_cost(COMPRESSORS[name].make(settings), buckets, EchoComm(size))
     assert torch.equal(buckets[0].flat, gradient)
     assert cost.wire_bytes == pytest.approx(max(run_threads(size, work)), rel=0.15)
     assert (cost.codec_s > 0) == (name != "none")
@@ -399,7 +399,7 @@ def test_costs_are_measured_where_parts_of_workers_are_not_equally_long(name, si
     """What an owner has more than others is not selected: it would be looked for in the parts of others too."""
     buckets = buckets_of([(4 * 4096 * size - 100 - short,), (100,)])
     buckets[0].flat.copy_(torch.randn(buckets[0].flat.numel(), generator=torch.Generator().manual_seed(short)))
-    assert measure_cost(COMPRESSORS[name](Comms(warmup_updates=0)), buckets, EchoComm(size)).wire_bytes > 0
+    assert measure_cost(COMPRESSORS[name].make(Comms(warmup_updates=0)), buckets, EchoComm(size)).wire_bytes > 0
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -407,7 +407,7 @@ def test_costs_are_measured_where_parts_of_workers_are_not_equally_long(name, si
 def test_nothing_is_lost_when_the_way_to_sum_changes(size, entries, seed):
     def work(comm: ThreadComm) -> list:
         steady = Comms(warmup_updates=0, int8_block=64, onebit_block=64, topk_ratio=0.1, powersgd_rank=2)
-        switch = Switch({name: (lambda name=name: COMPRESSORS[name](steady)) for name in COMPRESSORS})
+        switch = Switch({name: (lambda name=name: COMPRESSORS[name].make(steady)) for name in COMPRESSORS})
         compressor, buckets = ErrorFeedback(switch), buckets_of([(12, 9, 3, 3), (70,)])
         generator = torch.Generator().manual_seed(10 * seed + comm.rank())
         rounds = []

@@ -82,7 +82,7 @@ def test_small_parameters_are_nearly_exact_beside_a_coarse_sum(name):
 
 @pytest.mark.parametrize("name", ["topk", "onebit"])
 def test_a_state_from_before_small_parameters_went_apart_is_that_of_the_large_ones(name):
-    lossy = COMPRESSORS[name](Comms(warmup_updates=3))
+    lossy = COMPRESSORS[name].make(Comms(warmup_updates=3))
     of_before = {"topk": {"update": 7}, "onebit": {"update": 7, "lossy": {"update": 4}}}[name]
     lossy.load_state_dict(of_before)
     assert lossy.update == 7

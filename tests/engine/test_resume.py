@@ -132,7 +132,7 @@ def compressor_state(entry: str, **comms: Any) -> CompressorState:
 @pytest.mark.parametrize("entry", COMPRESSORS)
 def test_a_compressors_state_serves_wherever_buckets_leave(entry: str, way: str) -> None:
     """When they leave is measured on CPUs, and is a matter of devices and settings that a run may be resumed with."""
-    lossy = COMPRESSORS[entry](Comms())
+    lossy = COMPRESSORS[entry].make(Comms())
     for _ in range(5):
         lossy.commit()
     kept = lossy.state_dict()
@@ -148,7 +148,7 @@ def test_a_compressors_state_serves_wherever_buckets_leave(entry: str, way: str)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("entry", COMPRESSORS)
 def test_a_compressors_state_as_it_was_kept_before_serves_too(entry: str, way: str) -> None:
-    switch = Switch({entry: lambda: COMPRESSORS[entry](Comms())})
+    switch = Switch({entry: lambda: COMPRESSORS[entry].make(Comms())})
     for _ in range(5):
         switch.commit()
     state = compressor_state(entry, **WAYS[way])
