@@ -212,7 +212,8 @@ class Auto(Compressor):
         if self._trials is not None:
             self._try(self._trials, tail_s, comm)
         elif self._reference_s:
-            self._watch(tail_s, comm)
+            if len(self._possible) > 1:  # or nothing else could come of it
+                self._watch(tail_s, comm)
         else:
             self._measure_plain(tail_s, backward_s, comm)
 

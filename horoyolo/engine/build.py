@@ -311,7 +311,10 @@ def pick_compressor(model: YOLO, comms: Comms, numerics: Numerics) -> Compressor
     """
     if comms.sync_bn and numerics.device.type == "cpu" and numerics.dtype == torch.float32 and comms.compression == "none":
         try:
-            return ErrorFeedback(ExactSum(convert_exact(model)), overlap=False)
+            exact = ExactSum(convert_exact(model))
+            if comms.overlap == "yes":
+                log.warning("comms.overlap=yes: no bucket leaves during backward here, exact sums are complete at its end")
+            return ErrorFeedback(exact, overlap=False)
         except ValueError as error:
             log.info("losses will differ a little between numbers of workers: %s", error)
     return build_compressor(comms, overlaps(comms, numerics))

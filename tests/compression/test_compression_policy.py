@@ -200,6 +200,19 @@ def test_where_one_worker_has_given_way_for_good_none_leaves_during_backward_aga
     assert any(anew), "other threads move the bytes of other generations"
 
 
+def test_who_has_one_choice_left_looks_no_more(caplog):
+    def work(comm: ThreadComm) -> bool:
+        compressor, _ = drive(comm, {"none": 1.0}, 40, build_compressor(Comms(), BOTH))
+        comm.is_starved = True
+        drive(comm, {"none": 2.0}, LOOK_EVERY + 20, compressor)
+        with caplog.at_level("INFO", "horoyolo"):
+            drive(comm, {"none": 6.0}, 4 * LOOK_EVERY, compressor)
+        return compressor.settled()
+
+    assert all(run_threads(2, work))
+    assert "looking again" not in caplog.text
+
+
 @pytest.mark.parametrize(("bytes_per_s", "largest"), [(2e6, 1 << 20), (1e8, 1 << 22), (1e11, 1 << 24)])
 def test_a_fast_link_is_probed_with_more_bytes(monkeypatch, bytes_per_s, largest):
     """Few would say little beside a latency of 10 ms that varies."""
