@@ -19,7 +19,9 @@ from horoyolo.compression.base import Bucket, Comm, Lossy
 
 CPU_PIECE = 1 << 17  # values handled at a time: what a codec makes of them on its way stays in cache
 GPU_PIECE = 1 << 22  # here starting a kernel costs more than going to memory
-MESSAGE_BYTES = 1 << 18  # sent by each worker at a time
+CPU_MESSAGE_BYTES = 1 << 18  # sent by each worker at a time
+GPU_MESSAGE_BYTES = 1 << 22
+LEAST_BYTES = 1 << 15  # of a message to one worker: each costs a call of the codec, and among many workers there would be ever more of them
 
 
 class Codec(Protocol):
@@ -61,7 +63,8 @@ class Scatter(Lossy):
         codec, rank, size = self._codec, comm.rank(), comm.size()
         part_rows = -(-bucket.flat.numel() // (codec.block * size))
         draws = random.Random(f"{self.update} {bucket.name} {rank}")  # a discarded update draws them again
-        at_once = max(1, MESSAGE_BYTES // (codec.row_bytes * (size - 1)))
+        to_each = message_bytes(bucket.flat.device) // (size - 1)
+        at_once = max(1, max(LEAST_BYTES, to_each) // codec.row_bytes)
         pending = _Pending(codec, bucket, comm, part_rows, residual, draws, [])
         for first in range(0, part_rows, at_once):
             pending.send(slice(first, min(first + at_once, part_rows)))
@@ -142,6 +145,11 @@ def pieces(codec: Codec, flats: Sequence[Tensor], rows: Tensor) -> Iterator[tupl
 def piece_values(device: torch.device) -> int:
     """How many values are handled at a time, unless blocks are longer."""
     return CPU_PIECE if device.type == "cpu" else GPU_PIECE
+
+
+def message_bytes(device: torch.device) -> int:
+    """How much a worker sends at a time."""
+    return CPU_MESSAGE_BYTES if device.type == "cpu" else GPU_MESSAGE_BYTES
 
 
 def _new_rows(codec: Codec, num_rows: int, device: torch.device) -> Tensor:

@@ -237,3 +237,24 @@ def test_bytes_do_not_grow_with_the_number_of_workers(name):
     encoded = 512 * codec.row_bytes
     for size in (2, 4, 8, 16):
         assert bytes_sent(codec, 512 * codec.block, size) == 2 * (size - 1) * encoded // size
+
+
+def test_calls_of_the_codec_hardly_grow_with_the_number_of_workers():
+    """Each takes time of its own, however few its values."""
+
+    class Counting(Int8):
+        def encode(self, *args):
+            calls.append("encode")
+            super().encode(*args)
+
+        def decode(self, *args):
+            calls.append("decode")
+            super().decode(*args)
+
+    def calls_among(size: int) -> int:
+        calls.clear()
+        bytes_sent(Counting(1024), 1 << 22, size)
+        return len(calls)
+
+    calls: list[str] = []
+    assert calls_among(64) <= 2 * calls_among(8)
