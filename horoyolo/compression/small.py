@@ -59,9 +59,6 @@ class SmallApart(Lossy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        if "small" not in state:  # checkpoints used to have one form for all parameters
-            self._large.load_state_dict(state)
-            return
         self._small.load_state_dict(state["small"])
         self._large.load_state_dict(state["large"])
 

@@ -199,16 +199,9 @@ class CompressorState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what ``state_dict`` gave, where the settings are the same."""
         if state["settings"] == self.settings:
-            self.compressor.load_state_dict(_as_kept_now(state["state"]))
+            self.compressor.load_state_dict(state["state"])
         else:
             log.info("compression was %s and is %s: it starts anew", state["settings"], self.settings)
-
-
-def _as_kept_now(state: dict[str, Any]) -> dict[str, Any]:
-    """A compressor's state; checkpoints used to wrap it where measurement chose when buckets leave, even if there was one entry."""
-    state = state.get("feedback", state)
-    members = list(state.get("members", {}).values())
-    return members[0] if len(members) == 1 else state
 
 
 def build_model_for(config: Config, names: dict[int, str]) -> YOLO:

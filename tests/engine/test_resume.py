@@ -14,7 +14,6 @@ from resume_worker import COMPRESSIONS, EPOCHS, StopAt
 from small_run import build_job
 
 from horoyolo.compression.build import COMPRESSORS
-from horoyolo.compression.policy import Switch
 from horoyolo.config import Comms, InputError
 from horoyolo.distributed.comm import LocalComm
 from horoyolo.engine.build import CompressorState, Training, pick_compressor
@@ -143,22 +142,3 @@ def test_a_compressors_state_serves_wherever_buckets_leave(entry: str, way: str)
         went_on = compressor_state(entry, **WAYS[way])
         went_on.load_state_dict(taken.state_dict())
         assert differences(went_on.state_dict(), taken.state_dict()) == []
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("entry", COMPRESSORS)
-def test_a_compressors_state_as_it_was_kept_before_serves_too(entry: str, way: str) -> None:
-    switch = Switch({entry: lambda: COMPRESSORS[entry].make(Comms())})
-    for _ in range(5):
-        switch.commit()
-    state = compressor_state(entry, **WAYS[way])
-    state.load_state_dict({"settings": entry, "state": {"feedback": switch.state_dict()}})
-    assert differences(state.state_dict()["state"], switch.members[entry].state_dict()) == []
-
-
-def test_the_state_of_a_choice_of_entries_as_it_was_kept_before_serves_too() -> None:
-    kept = compressor_state("auto").state_dict()
-    kept["state"]["members"]["topk"]["update"] = 7
-    state = compressor_state("auto")
-    state.load_state_dict({**kept, "state": {"feedback": kept["state"]}})
-    assert differences(state.state_dict(), kept) == []
