@@ -159,6 +159,8 @@ def end_in_order(job: Training, member: Member) -> bool:
     """What workers that leave for good have not sent yet goes to one that stays. Whether this worker leaves."""
     member.wait_change()
     hand_over(job.compressor, job.comm, member.leaving)
+    if member.leaving:
+        keep(job, member.memory)  # earlier copies hold what has been handed over: a worker that takes this slot would send it again
     return member.leaving
 
 

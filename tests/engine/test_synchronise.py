@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from horoyolo.elastic.member import KnownRun
 from horoyolo.engine.build import Training, build_model_for, build_training
 from horoyolo.engine.commit import copied, local_state, restore
 from horoyolo.engine.device import numerics_for
+from horoyolo.engine.generations import RUN_NOTE, end_in_order, keep, recall
 from horoyolo.engine.state import Position
 from horoyolo.engine.synchronise import check_agreement, claim_of, synchronise
 from horoyolo.engine.train import train_step, whole_state
@@ -150,6 +152,29 @@ def test_an_update_that_no_survivor_completed_is_done_again(data: Path, tmp_path
     assert shared(jobs[0]) == shared(jobs[1])
     step(jobs)
     assert shared(jobs[0]) == shared(jobs[1])
+
+
+def test_who_takes_the_slot_of_a_worker_that_has_left_does_not_find_what_that_handed_over(data: Path, tmp_path: Path) -> None:
+    config = config_for(data, tmp_path / "runs", **{"comms.compression": "int8"})
+    members = [SimpleNamespace(wait_change=lambda: None, leaving=leaving, memory=tmp_path / f"slot-{leaving:d}") for leaving in (False, True)]
+    jobs = [build(config, BoardComm()) for _ in members]
+    for job, member in zip(jobs, members, strict=True):
+        recall(job, member.memory)
+    meet(jobs)
+    for job, member in zip(jobs, members, strict=True):
+        member.memory.mkdir()
+        (member.memory / RUN_NOTE).write_text(str(job.run.folder))
+    step(jobs)
+    for job, member in zip(jobs, members, strict=True):
+        keep(job, member.memory)
+    residuals = [job.rank_state()["residuals"] for job in jobs]
+    together([lambda job=job, member=member: end_in_order(job, member) for job, member in zip(jobs, members, strict=True)])
+    newcomer = build(config, BoardComm())
+    recall(newcomer, members[1].memory)
+    assert newcomer.standing.position == jobs[0].standing.position
+    assert not newcomer.rank_state()["residuals"]
+    for name, sum_ in jobs[0].rank_state()["residuals"].items():
+        torch.testing.assert_close(sum_, residuals[0][name] + residuals[1][name])
 
 
 def test_a_newcomer_with_other_settings_is_turned_away(data: Path, tmp_path: Path) -> None:
