@@ -67,7 +67,7 @@ def build_compressor(comms: Comms, overlaps: tuple[bool, ...] = (True,)) -> Comp
     name = comms.compression
     if name == AUTO:
         steady = replace(comms, warmup_updates=0)
-        makers = {name: partial(entry.make, steady) for name, entry in COMPRESSORS.items()}
+        makers = {each: partial(entry.make, steady) for each, entry in COMPRESSORS.items()}
         return Auto(makers, overlaps, plain_updates=comms.warmup_updates)
     if len(overlaps) > 1:
         return Auto({name: partial(COMPRESSORS[name].make, comms)}, overlaps)
